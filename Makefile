@@ -1,0 +1,61 @@
+# One command each; `make help` lists them.
+#   RECIPE      the recipe to train, check or evaluate
+#   ACCELERATE  the launch config: one of accelerate_configs/*.yaml
+#   ARGS        overrides, e.g. ARGS="--learning_rate 1e-6 --margin.preset dpo"
+#   PYTHON      an interpreter of your own that has requirements.txt installed; .venv is then neither made nor used
+QUICKSTART := recipes/quickstart/dpo.yaml
+RECIPE ?= $(QUICKSTART)
+ACCELERATE ?= accelerate_configs/cpu.yaml
+ARGS ?=
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+ifdef PYTHON
+SETUP :=
+else
+PYTHON := $(VENV)/bin/python
+SETUP := $(VENV)/.installed
+endif
+
+LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE)
+# A recipe says by its file name which stage it is: sft*.yaml or anything else.
+SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train check evaluate bench test test-fast style style-check
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(SETUP) ## make .venv from requirements.txt (every other target does it when needed)
+
+$(VENV)/.installed: requirements.txt
+	@python3 -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), "Python 3.10 to 3.12 is needed"'
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
+	@touch $@
+
+train: $(SETUP) ## train RECIPE; without one, the quickstart: both stages, then a table of before and after
+ifeq ($(RECIPE),$(QUICKSTART))
+	$(PYTHON) recipes/quickstart/run.py --accelerate_config $(ACCELERATE) $(ARGS)
+else
+	$(LAUNCH) $(SCRIPT) --config $(RECIPE) $(ARGS)
+endif
+
+evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE=… ARGS="--model_name_or_path …"
+	$(LAUNCH) recipes/evaluate.py --config $(RECIPE) $(ARGS)
+
+test: $(SETUP) ## all tests, the slow end-to-end runs included
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+test-fast: $(SETUP) ## the tests without the end-to-end runs
+	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+style: $(SETUP) ## format and mend what can be mended
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+style-check: $(SETUP) ## fail where style would change a file
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .

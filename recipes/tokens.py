@@ -1,0 +1,139 @@
+"""Rows into token ids, exactly as the model will see them: chat template, prefix check, counted truncation."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from errors import RecipeError
+
+
+def load_tokenizer(
+    path: str, revision: str | None = None, chat_template_path: str | None = None
+) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a model, with the recipe's chat template where it names one.
+
+    Raises:
+        RecipeError: no tokenizer there, no pad token, no chat template, or no end-of-text token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
+    if chat_template_path is not None:
+        template = Path(chat_template_path)
+        if not template.is_file():
+            raise RecipeError(f"chat_template_path: {template} is not a file")
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    if tokenizer.chat_template is None:
+        raise RecipeError(
+            f"{path}: the tokenizer has no chat template; name one by chat_template_path "
+            "(recipes/mistral-7b/zephyr.jinja is one)"
+        )
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"{path}: the tokenizer has no end-of-text token, so no answer could ever end")
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"{path}: the tokenizer has no pad token; name one by pad_token, e.g. pad_token: <unk>")
+    return tokenizer
+
+
+def with_system_message(messages: list[dict[str, str]], system_message: str | None) -> list[dict[str, str]]:
+    """The conversation led by the recipe's system message, unless it has one of its own."""
+    if system_message is None or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": system_message}, *messages]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool) -> list[list[int]]:
+    """Token ids of each conversation; `open_turn` ends it with the header of the assistant's next turn."""
+    # Text first, then one batched call: the same ids as apply_chat_template(tokenize=True), several times sooner.
+    texts = [
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        for messages in conversations
+    ]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+
+def _tokenize_batch(
+    batch: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    system_message: str | None,
+) -> dict[str, list[Any]]:
+    prompts = [with_system_message(messages, system_message) for messages in batch["prompt"]]
+    prompt_ids = render(tokenizer, prompts, open_turn=True)
+    output: dict[str, list[Any]] = {"prompt_ids": prompt_ids}
+    for answer in ("chosen", "rejected"):
+        turns = [
+            [*prompt, {"role": "assistant", "content": text}]
+            for prompt, text in zip(prompts, batch[answer], strict=True)
+        ]
+        ids, cut = [], []
+        for row_id, start, whole in zip(
+            batch["row_id"], prompt_ids, render(tokenizer, turns, open_turn=False), strict=True
+        ):
+            if whole[: len(start)] != start:
+                common = next((i for i, (x, y) in enumerate(zip(start, whole, strict=False)) if x != y), len(whole))
+                raise RecipeError(
+                    f"row {row_id}: the prompt's tokens are not the beginning of the prompt and {answer} answer's: "
+                    f"from {tokenizer.decode(start[common:])!r} on they differ, so the model would be trained on "
+                    "another context than it meets in use; give a chat template that renders both alike "
+                    "(chat_template_path)"
+                )
+            room = None if max_length is None else max_length - len(start)
+            if room is not None and room < 1:
+                raise RecipeError(
+                    f"row {row_id}: the prompt has {len(start)} tokens and leaves no room for an answer under "
+                    f"max_length {max_length}; raise max_length, or set selection.hygiene.min_answer_tokens to 1 or "
+                    "more to drop and count such rows"
+                )
+            tokens = whole[len(start) :]
+            ids.append(tokens[:room])
+            cut.append(room is not None and len(tokens) > room)
+        output[f"{answer}_ids"], output[f"{answer}_cut"] = ids, cut
+    return output
+
+
+def tokenize_rows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    system_message: str | None = None,
+    num_proc: int | None = None,
+) -> tuple[Dataset, dict[str, int]]:
+    """
+    Add `prompt_ids`, `chosen_ids` and `rejected_ids` to preference rows.
+
+    An answer is cut where prompt and answer together pass `max_length` tokens, and counted.
+
+    Returns:
+        The rows with their token ids, and the counts `rows`, `chosen_cut` and `rejected_cut`.
+
+    Raises:
+        RecipeError: a prompt that is no prefix of prompt + answer, or that fills `max_length` alone.
+    """
+    tokenized = rows.map(
+        _tokenize_batch,
+        batched=True,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "system_message": system_message},
+        num_proc=num_proc if len(rows) >= 10_000 else None,
+        desc="Tokenising pairs",
+    )
+    counts = {"rows": len(tokenized)} | {
+        f"{answer}_cut": sum(tokenized.data.column(f"{answer}_cut").to_pylist()) for answer in ("chosen", "rejected")
+    }
+    return tokenized.remove_columns(["chosen_cut", "rejected_cut"]), counts
+
+
+def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A warning where the template ends an answer with no end-of-text token, or with several; else None."""
+    found = rows[0]["chosen_ids"].count(tokenizer.eos_token_id)
+    if found == 1:
+        return None
+    what = "without" if found == 0 else f"with {found} times"
+    return (
+        f"the chat template ends an answer {what} the end-of-text token {tokenizer.eos_token!r} "
+        "(or the first answer is cut): generation may not stop where training did"
+    )

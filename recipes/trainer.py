@@ -1,0 +1,257 @@
+"""TRL's DPOTrainer with the shifted reward margin: one loss override, and the metrics that belong to it."""
+
+import contextlib
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from reference import ReferenceCache, reference_logps
+from replay import ReplaySampler
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
+from trl import DPOConfig, DPOTrainer
+from trl.models import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import use_adapter
+
+from arguments import Margin, Replay
+from losses import shifted_margin_loss, target_sign
+from margins import link_settings
+from pair_metrics import PairMetrics
+from prefix import PaddedCollator, PairOutputs, PrefixSharedCollator, pair_logps
+
+TRAINING_COLUMNS = [
+    "row",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+    "margin",
+    "pair_class",
+    "is_buffer",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+]
+
+
+class ShiftedMarginTrainer(DPOTrainer):
+    """
+    DPO with a margin per row (`losses.shifted_margin_loss`), over prefix-shared or padded micro-batches.
+
+    Rewards and reward margins are reported without the shift: β·(log π − log π_ref). Two accuracies are kept
+    apart: `accuracy_helpful` = mean[Δ > 0] and `accuracy_target` = mean[sign(m)·Δ > 0].
+
+    Args:
+        model: the policy, with its trainable parameters already chosen.
+        args: TRL's settings; `precompute_ref_log_probs` chooses between the cached and the live reference pass.
+        train_dataset, eval_dataset: rows as `tokens.tokenize_rows` makes them, with the columns `row`, `margin`,
+            `pair_class` and `is_buffer`.
+        margin: link and switches of the loss.
+        replay: proportion of task and buffer rows in a micro-batch, and λ.
+        prefix_sharing: compute each pair's prompt once; only where `prefix.unsupported_reason` is None.
+        reference_cache: where reference log-probabilities are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        margin: Margin,
+        replay: Replay,
+        prefix_sharing: bool,
+        reference_cache: ReferenceCache | None = None,
+        processing_class: Any,
+        **kwargs: Any,
+    ) -> None:
+        self.margin = margin
+        self.replay = replay
+        self.reference_cache = reference_cache
+        self.prefix_sharing = prefix_sharing
+        self.last_rows: torch.Tensor | None = None  # row numbers of the latest micro-batch, for error messages
+        self.evaluated: list[torch.Tensor] = []  # log-ratio gaps of the latest evaluation, one (B, 3) a micro-batch
+        collator = PrefixSharedCollator() if prefix_sharing else PaddedCollator(processing_class.pad_token_id)
+        # Without a reference there is nothing to load: the precomputed columns are then zeros.
+        precompute = args.precompute_ref_log_probs
+        args.precompute_ref_log_probs = precompute or margin.reference_free
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            data_collator=collator,
+            **kwargs,
+        )
+        self.pair_metrics = {mode: PairMetrics(self.accelerator.device) for mode in ("train", "eval")}
+
+    # Rows arrive tokenised, cut and counted; TRL's own pass would cut and drop without a word.
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = TRAINING_COLUMNS
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return ReplaySampler(
+            np.asarray(dataset["is_buffer"]),
+            pair_lengths(dataset),
+            task=self.replay.task,
+            buffer=self.replay.buffer,
+            batch_size=self.args.per_device_train_batch_size,
+            world_size=self.accelerator.num_processes,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.margin.reference_free:
+            chosen = rejected = np.zeros(len(dataset))
+        else:
+            chosen, rejected = reference_logps(
+                dataset,
+                self.reference_cache,
+                self._reference_pass,
+                batch_size=batch_size,
+                accelerator=self.accelerator,
+                description=f"Reference log-probabilities ({name})",
+            )
+        dataset = dataset.add_column("ref_chosen_logps", chosen)
+        return dataset.add_column("ref_rejected_logps", rejected)
+
+    def _reference_pass(self, examples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probabilities of a list of rows. Shapes: (B,) and (B,)."""
+        if self._precompute_engine is None and self.ref_model is None and self.is_deepspeed_enabled:
+            # The policy is not prepared yet: DeepSpeed's parameters are still on the CPU, or sharded.
+            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
+        model = self._precompute_engine or self.ref_model or self.model
+        batch = self._prepare_inputs(self.data_collator(examples))
+        with self.accelerator.autocast():
+            outputs = self._reference_outputs(model, batch)
+        return outputs.chosen_logps, outputs.rejected_logps
+
+    def _reference_outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> PairOutputs:
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        # With LoRA the reference is the base model under the adapter.
+        adapter = use_adapter(unwrapped, None) if hasattr(unwrapped, "peft_config") else contextlib.nullcontext()
+        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        with torch.no_grad(), checkpointing, adapter:
+            return pair_logps(model, batch)
+
+    def _reference_of(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        if "ref_chosen_logps" in batch:
+            return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
+        outputs = self._reference_outputs(self.ref_model or self.model, batch)
+        return outputs.chosen_logps, outputs.rejected_logps
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+        assert not return_outputs, "rewards are logged, not returned: no compute_metrics is passed"
+        self.last_rows = inputs["row"]
+        policy = pair_logps(model, inputs)
+        ref_chosen_logps, ref_rejected_logps = self._reference_of(inputs)
+
+        chosen_logratios = policy.chosen_logps - ref_chosen_logps
+        rejected_logratios = policy.rejected_logps - ref_rejected_logps
+        if self.margin.length_normalized:
+            chosen_logratios = chosen_logratios / policy.chosen_tokens
+            rejected_logratios = rejected_logratios / policy.rejected_tokens
+        delta = chosen_logratios - rejected_logratios
+        losses = shifted_margin_loss(delta, inputs["margin"], **link_settings(self.margin, self.beta))
+
+        self._record(inputs, policy, chosen_logratios, rejected_logratios, losses)
+        return role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+
+    @torch.no_grad()
+    def _record(
+        self,
+        inputs: dict[str, torch.Tensor],
+        policy: PairOutputs,
+        chosen_logratios: torch.Tensor,
+        rejected_logratios: torch.Tensor,
+        losses: torch.Tensor,
+    ) -> None:
+        delta = chosen_logratios - rejected_logratios
+        stats = torch.stack(
+            [
+                losses,
+                self.beta * chosen_logratios,
+                self.beta * rejected_logratios,
+                self.beta * delta,
+                delta > 0,
+                target_sign(inputs["margin"]) * delta > 0,
+                policy.chosen_logps,
+                policy.rejected_logps,
+            ],
+            dim=1,
+        )
+        tokens = torch.stack(
+            [
+                policy.chosen_tokens,
+                policy.rejected_tokens,
+                policy.chosen_logits,
+                policy.rejected_logits,
+                policy.entropy,
+                policy.chosen_top1,
+            ],
+            dim=1,
+        )
+        rows = (stats, tokens, inputs["pair_class"], inputs["is_buffer"])
+        if self.model.training:
+            self.pair_metrics["train"].add(*rows)
+            return
+        # Ranks repeat rows to fill the last batch of an evaluation; gather_for_metrics takes the repeats out.
+        rows = self.accelerator.gather_for_metrics(rows)
+        self.pair_metrics["eval"].add(*rows)
+        gap = policy.chosen_logps - policy.rejected_logps
+        self.evaluated.append(
+            self.accelerator.gather_for_metrics(torch.stack([gap - delta, gap, inputs["margin"]], dim=1)).cpu()
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.evaluated = []
+        return super().evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        metrics = self.pair_metrics[mode]
+        if not metrics.empty:
+            every_rank_saw_all = mode == "eval"
+            report = metrics.report(
+                (lambda sums: sums) if every_rank_saw_all else self.accelerator.reduce, self.replay.weight
+            )
+            loss = report.pop("loss")
+            if mode == "eval":
+                # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
+                logs["eval_loss"] = loss
+            self._metrics[mode] = self._metrics[mode].__class__(list, {key: [value] for key, value in report.items()})
+        super().log(logs, start_time)
+
+
+def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: float) -> torch.Tensor:
+    """
+    Mean over task rows + λ·mean over buffer rows (arXiv 2408.15313 at λ = 1 and equal counts).
+
+    Args:
+        losses: loss of each pair. Shape: (B,).
+        is_buffer: whether a row is replayed. Shape: (B,), bool.
+        weight: λ.
+
+    Returns:
+        A scalar.
+    """
+    task, buffer = (~is_buffer).to(losses.dtype), is_buffer.to(losses.dtype)
+    # A micro-batch of one role alone has no mean of the other: its sum is 0 as well.
+    return (losses * task).sum() / task.sum().clamp(min=1) + weight * (losses * buffer).sum() / buffer.sum().clamp(
+        min=1
+    )
+
+
+def pair_lengths(dataset: Dataset) -> np.ndarray:
+    """Tokens of each pair, its prompt counted once. Shape: (N,)."""
+    import pyarrow.compute as pc
+
+    table = dataset.with_format("arrow")
+    return sum(
+        np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in table[f"{part}_ids"].chunks])
+        for part in ("prompt", "chosen", "rejected")
+    )
