@@ -1,12 +1,21 @@
-"""What a recipe may say: the sections of its YAML as dataclasses, and the strict parser that fills them."""
+"""What a recipe may say: the sections of its YAML, with the range of each value. `parsing.py` fills them."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from losses import Link
+from pydantic import Field
+
+from losses import PRESETS, Link
 
 Action = Literal["drop", "error", "keep"]
 LabelPolicy = Literal["helpful", "safer", "safe_first", "safedpo_t"]
+Preset = Literal[tuple(PRESETS)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Two = Annotated[list[str], Field(min_length=2, max_length=2)]  # one column for each of a pair's two answers
+Severity = Annotated[int, Field(ge=0, le=3)]
+Patterns = Annotated[list[str], Field(min_length=1)]
 
 
 @dataclass
@@ -37,19 +46,19 @@ class Columns:
     prompt: str | None = None  # a string or a list of messages; None: what chosen and rejected share
     chosen: str | None = None  # a string, a message, or a list of messages that ends in the answer
     rejected: str | None = None
-    responses: list[str] | None = None  # two answers in no order of merit, instead of chosen and rejected
+    responses: Two | None = None  # two answers in no order of merit, instead of chosen and rejected
     better: str | None = None  # with responses: 0 or 1, the better one
     preference: str | None = None  # with responses: a number, below 0 the first is better, above 0 the second
     safer: str | None = None  # with responses: 0 or 1, the safer one (the SFT stage's `answer: safer`)
     chosen_safe: str | bool | None = None
     rejected_safe: str | bool | None = None
-    safe: list[str] | None = None  # with responses
-    chosen_severity: str | int | None = None
-    rejected_severity: str | int | None = None
-    severity: list[str] | None = None  # with responses: 0 to 3
+    safe: Two | None = None  # with responses
+    chosen_severity: str | Severity | None = None
+    rejected_severity: str | Severity | None = None
+    severity: Two | None = None  # with responses: 0 to 3
     score_chosen: str | float | None = None
     score_rejected: str | float | None = None
-    scores: list[str] | None = None  # with responses
+    scores: Two | None = None  # with responses
     category: str | list[str] | None = None  # a string, or a struct of booleans whose true fields are named
     row_id: str | None = None  # None: the row's number in the source
     conversation: str | None = None  # SFT only: a list of messages that ends in the answer
@@ -68,7 +77,7 @@ class DatasetEntry:
     revision: str | None = None
     split: str = "train"
     role: Literal["task", "buffer"] = "task"
-    fraction: float | None = None  # in (0, 1]: this part of the rows, drawn by the selection's seed
+    fraction: Fraction | None = None  # this part of the rows, drawn by the selection's seed
     source: str | None = None  # the name of the source in the audit; None: the path's last part
     answer: Literal["chosen", "rejected", "safer"] = "chosen"  # SFT only: which answer of a pair to learn
     bad_rows: Literal["error", "drop"] = "error"  # a null, a NaN, prompts that differ: stop, or drop and count
@@ -81,14 +90,14 @@ class Hygiene:
 
     empty: Action = "error"  # an empty prompt or answer
     identical: Action = "drop"  # chosen = rejected
-    max_similarity: float | None = 0.9  # of the two answers, 0 to 1 (rapidfuzz's normalised Indel similarity)
-    min_characters: int | None = 10  # of the shorter answer
-    max_length_ratio: float | None = 3.0  # of the longer answer to the shorter, in characters
+    max_similarity: Fraction | None = 0.9  # of the two answers, 0 to 1 (rapidfuzz's normalised Indel similarity)
+    min_characters: Count | None = 10  # of the shorter answer
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = 3.0  # of the longer answer to the shorter, in characters
     duplicates: Action = "drop"  # the same prompt and answers after case folding; the first row stays
     contradictions: Action = "drop"  # the same pair labelled both ways; all of them go
     ties: Action = "drop"  # equal scores, or a preference of 0
-    min_answer_tokens: int | None = 16  # room that the prompt must leave under max_length
-    eval_ngram: int | None = 13  # words shared with an evaluation prompt
+    min_answer_tokens: Count | None = 16  # room that the prompt must leave under max_length
+    eval_ngram: Count | None = 13  # words shared with an evaluation prompt
 
 
 @dataclass
@@ -96,8 +105,8 @@ class Score:
     """Which rows of a ranked set stay."""
 
     signal: str  # score_gap, severity_gap, length_ratio, reference_gap, or a numeric column
-    keep: float | None = None  # in (0, 1]: this fraction
-    band: list[float] | None = None  # instead of keep: two quantiles of the signal
+    keep: Fraction | None = None  # this fraction
+    band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None  # instead: two quantiles
     direction: Literal["easy", "hard", "middle"] = "easy"  # easy: the largest signal; hard: the smallest
     role: Literal["task", "buffer", "all"] = "all"
 
@@ -107,23 +116,23 @@ class Quotas:
     """At most this many rows (an integer) or this part of the rows (a fraction) of a group."""
 
     by: Literal["pair_class", "category", "source"]
-    limits: dict[str, int | float]
+    limits: dict[str, Annotated[int, Field(ge=0)] | Fraction]
 
 
 @dataclass
 class Replay:
     """Task and buffer rows in every micro-batch: `task` to `buffer`; the buffer's mean loss counts `weight` times."""
 
-    task: int = 1
-    buffer: int = 1
-    weight: float = 1.0
+    task: Count = 1
+    buffer: Count = 1
+    weight: NotNegative = 1.0
 
 
 @dataclass
 class Selection:
     """The selective buffer: which rows are trained on, in which order its stages run."""
 
-    seed: int | None = None  # None: the run's seed
+    seed: Annotated[int, Field(ge=0)] | None = None  # None: the run's seed
     hygiene: Hygiene = field(default_factory=Hygiene)
     labels: LabelPolicy | None = None  # None: the margin preset's, or helpful
     score: Score | None = None
@@ -135,7 +144,7 @@ class Selection:
 class Margin:
     """The shifted reward margin m = a·I_w − b·I_l + k·φ(score_w − score_l) + c and its link; see `losses.py`."""
 
-    preset: str | None = None
+    preset: Preset | None = None
     a: float = 0.0
     b: float = 0.0
     k: float = 0.0
@@ -145,6 +154,46 @@ class Margin:
     link: Link = "logistic"
     scaled: bool = False
     p: float = 1.0
-    epsilon: float = 0.01
+    epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
     length_normalized: bool = False
     reference_free: bool = False
+
+
+@dataclass
+class PreferenceRecipe:
+    """The keys of this project in a recipe for `dpo.py`, beside those of TRL's DPOConfig and ModelConfig."""
+
+    datasets: list[DatasetEntry]
+    eval_datasets: list[DatasetEntry] = field(default_factory=list)
+    selection: Selection = field(default_factory=Selection)
+    margin: Margin = field(default_factory=Margin)
+    trainable_parameters: Patterns | None = None  # None: all; with LoRA these are its target modules
+    prefix_sharing: bool = True  # compute a pair's prompt once for both answers
+    chat_template_path: str | None = None  # a .jinja file, or a folder or Hub id with a tokenizer; None: the model's
+    system_message: str | None = None  # put before conversations that have none; may be empty
+    pairs_per_update: Count | None = None  # task and buffer pairs on all devices; sets gradient_accumulation_steps
+    num_processes: Count | None = None  # refuse to start on any other number
+    reference_cache: str | None = None  # folder of the reference log-probabilities; None: in output_dir
+
+
+@dataclass
+class SFTRecipe:
+    """The keys of this project in a recipe for `sft.py`, beside those of TRL's SFTConfig and ModelConfig."""
+
+    datasets: list[DatasetEntry]
+    eval_datasets: list[DatasetEntry] = field(default_factory=list)
+    trainable_parameters: Patterns | None = None
+    chat_template_path: str | None = None
+    system_message: str | None = None
+    conversations_per_update: Count | None = None  # on all devices; sets gradient_accumulation_steps
+    num_processes: Count | None = None
+
+
+@dataclass
+class EvaluateRecipe(PreferenceRecipe):
+    """A preference recipe (a run's own recipe.yaml will do) and what `evaluate.py` needs besides."""
+
+    datasets: list[DatasetEntry] = field(default_factory=list)
+    prompts: str | None = None  # a .txt (a prompt per line) or .jsonl (`prompt`, or `messages`) to answer
+    max_new_tokens: Count = 256
+    reference_model: str | None = None  # None: rewards without a reference
