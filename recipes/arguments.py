@@ -171,6 +171,7 @@ class PreferenceRecipe:
     prefix_sharing: bool = True  # compute a pair's prompt once for both answers
     chat_template_path: str | None = None  # a .jinja file, or a folder or Hub id with a tokenizer; None: the model's
     system_message: str | None = None  # put before conversations that have none; may be empty
+    pad_token: str | None = None  # one of the tokenizer's, where it has not said which it pads with
     pairs_per_update: Count | None = None  # task and buffer pairs on all devices; sets gradient_accumulation_steps
     num_processes: Count | None = None  # refuse to start on any other number
     reference_cache: str | None = None  # folder of the reference log-probabilities; None: in output_dir
@@ -185,6 +186,7 @@ class SFTRecipe:
     trainable_parameters: Patterns | None = None
     chat_template_path: str | None = None
     system_message: str | None = None
+    pad_token: str | None = None
     conversations_per_update: Count | None = None  # on all devices; sets gradient_accumulation_steps
     num_processes: Count | None = None
 
