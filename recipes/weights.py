@@ -51,9 +51,9 @@ def weights_digest(source: str | Path | torch.nn.Module, revision: str | None = 
 
 
 def _digest_of_module(model: torch.nn.Module) -> str:
-    digest = xxhash.xxh3_128(_config_text(model.config.to_dict()))
+    digest = xxhash.xxh3_128(_config_bytes(model.config.to_dict()))
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}")
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
@@ -64,13 +64,13 @@ def _digest_of_folder(folder: Path) -> str:
     if adapter.is_file():
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
         digest.update(adapter.read_bytes())
-        digest.update(_digest_of_folder(_local_folder(base, None)))
+        digest.update(_digest_of_folder(_local_folder(base, None)).encode())
         files = [folder / name for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)]
         files = [path for path in files if path.is_file()][:1]
     else:
         files = _weight_files(folder)
         config = folder / CONFIG_NAME
-        digest.update(_config_text(json.loads(config.read_text())) if config.is_file() else "")
+        digest.update(_config_bytes(json.loads(config.read_text())) if config.is_file() else b"")
     if not files:
         raise RecipeError(
             f"{folder}: no {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, so the model can't be told from others"
@@ -78,7 +78,7 @@ def _digest_of_folder(folder: Path) -> str:
     pieces = [(path, start) for path in files for start in range(0, max(path.stat().st_size, 1), PIECE)]
     with ThreadPoolExecutor(THREADS) as threads:
         for (path, start), piece in zip(pieces, threads.map(_digest_of_piece, pieces), strict=True):
-            digest.update(f"{path.name} {start} {piece}")
+            digest.update(f"{path.name} {start} {piece}".encode())
     return digest.hexdigest()
 
 
@@ -116,6 +116,6 @@ def _local_folder(source: str, revision: str | None) -> Path:
         raise RecipeError(f"model {source} is neither a folder nor in the Hub's local cache") from error
 
 
-def _config_text(config: dict[str, Any]) -> str:
+def _config_bytes(config: dict[str, Any]) -> bytes:
     kept = {key: value for key, value in config.items() if key not in INCIDENTAL}
-    return json.dumps(kept, sort_keys=True, default=str)
+    return json.dumps(kept, sort_keys=True, default=str).encode()

@@ -7,6 +7,8 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from accelerate.state import AcceleratorState
+
 
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
     """Call `work(rank, *arguments)` in `world_size` forked processes; return what each gave back, by rank."""
@@ -45,6 +47,7 @@ def _rank(sender, rank: int, world_size: int, port: int, work: Callable[..., Any
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    AcceleratorState._reset_state(reset_partial_state=True)  # the parent's, which knows of one process
     try:
         sender.send((True, work(rank, *arguments)))
     except BaseException:

@@ -1,0 +1,447 @@
+"""The reference cache against one-by-one forwards of a tiny model; damage, kills and writers are real."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import reference
+from conftest import build_model
+from errors import RecipeError
+from forked import run_ranks
+from reference import ReferenceCache, namespace, reference_logps, sequence_keys
+from weights import weights_digest
+
+FILES = "*.safetensors"
+
+
+def make_rows(count: int, seed: int = 0) -> list[dict]:
+    """Pairs of 1 to 12 tokens a part, every length different from row to row."""
+    draw = random.Random(seed)
+    part = lambda: [draw.randrange(3, 320) for _ in range(draw.randint(1, 12))]  # noqa: E731
+    return [
+        {"prompt_ids": part(), "chosen_ids": part(), "rejected_ids": part(), "row_id": f"made:{i}", "margin": float(i)}
+        for i in range(count)
+    ]
+
+
+def swapped(row: dict) -> dict:
+    return row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]}
+
+
+class OneByOne:
+    """The slow, obvious reference: one unpadded forward per answer. Keeps the ids of the rows it was asked for."""
+
+    def __init__(self, model: torch.nn.Module | None = None):
+        self.model = (model or build_model()).eval()
+        self.asked: list[list[str]] = []
+
+    def logp(self, prompt: list[int], answer: list[int]) -> float:
+        with torch.no_grad():
+            logits = self.model(torch.tensor([prompt + answer])).logits[0]
+        steps = torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+        return sum(steps[i, token].item() for i, token in enumerate(answer))
+
+    def __call__(self, examples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.asked.append([example["row_id"] for example in examples])
+        sides = (
+            [self.logp(row["prompt_ids"], row[side]) for row in examples] for side in ("chosen_ids", "rejected_ids")
+        )
+        return tuple(torch.tensor(side) for side in sides)
+
+    def rows(self) -> list[str]:
+        return sorted(row for asked in self.asked for row in asked)
+
+
+def run(rows: list[dict], cache: ReferenceCache, compute, **options) -> np.ndarray:
+    """Chosen and rejected log-probabilities, shape (rows, 2)."""
+    options = {"batch_size": 4, "accelerator": Accelerator(cpu=True)} | options
+    return np.stack(reference_logps(Dataset.from_list(rows), cache, compute, **options), axis=1)
+
+
+def expected(rows: list[dict]) -> np.ndarray:
+    slow = OneByOne()
+    return np.array(
+        [[slow.logp(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")] for row in rows]
+    )
+
+
+@pytest.fixture
+def cache(tmp_path) -> ReferenceCache:
+    return ReferenceCache(tmp_path / "cache", namespace("weights", torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------------- hit and miss
+
+
+def test_values_stand_by_their_rows(cache):
+    rows = make_rows(23)
+    compute = OneByOne()
+    np.testing.assert_allclose(run(rows, cache, compute), expected(rows), rtol=1e-6)
+    assert compute.rows() == sorted(row["row_id"] for row in rows)
+
+
+def test_a_cached_sweep_makes_no_forward(cache):
+    """Other margins, another order, a selection, relabelled pairs, integers of another width: all are hits."""
+    rows = make_rows(12)
+    first = run(rows, cache, OneByOne())
+    compute = OneByOne()
+    assert (run([row | {"margin": -1.0} for row in rows], cache, compute) == first).all()
+    assert (run(rows[::-2], cache, compute) == first[::-2]).all()
+    assert (run([swapped(row) for row in rows], cache, compute) == first[:, ::-1]).all()
+    narrow = Dataset.from_list(rows).cast_column("chosen_ids", datasets_list("int32"))
+    again = reference_logps(narrow, cache, compute, batch_size=4, accelerator=Accelerator(cpu=True))
+    assert (np.stack(again, axis=1) == first).all()
+    view = Dataset.from_list(rows).select([7, 2, 2])  # with an indices mapping, as a shuffled or filtered set has
+    assert (
+        reference_logps(view, cache, compute, batch_size=4, accelerator=Accelerator(cpu=True))[0]
+        == first[[7, 2, 2], 0]
+    ).all()
+    assert compute.asked == []
+
+
+def datasets_list(dtype: str):
+    from datasets import List, Value
+
+    return List(Value(dtype))
+
+
+def test_a_changed_row_computes_one_row(cache):
+    rows = make_rows(12)
+    run(rows, cache, OneByOne())
+    rows[5] = rows[5] | {"rejected_ids": rows[5]["rejected_ids"] + [7]}
+    compute = OneByOne()
+    np.testing.assert_allclose(run(rows, cache, compute), expected(rows), rtol=1e-6)
+    assert compute.asked == [["made:5"]]
+
+
+def test_a_sequence_is_computed_once_however_often_it_appears(cache):
+    """The second row is the first relabelled; the third shares a chosen answer with it and brings one of its own."""
+    row, other = make_rows(2)
+    rows = [
+        row,
+        swapped(row) | {"row_id": "swapped"},
+        row | {"rejected_ids": other["rejected_ids"], "row_id": "third"},
+        row | {"row_id": "again"},
+    ]
+    compute = OneByOne()
+    np.testing.assert_allclose(run(rows, cache, compute), expected(rows), rtol=1e-6)
+    assert compute.rows() == ["made:0", "third"]
+
+
+def test_keys_see_the_boundary_of_prompt_and_answer():
+    rows = [
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [7]},
+        {"prompt_ids": [5], "chosen_ids": [6, 7, 8], "rejected_ids": [6, 7]},
+        {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [7, 8]},
+    ]
+    keys, tokens = sequence_keys(Dataset.from_list(rows))
+    assert tokens.tolist() == [5, 6, 6]
+    assert (
+        len({key.tobytes() for key in keys.reshape(-1, 16)}) == 4
+    )  # of six sequences, [5, 6 | 7, 8] comes three times
+    assert (keys[0, 0] == keys[2, 0]).all() and (keys[2, 0] == keys[2, 1]).all()
+
+
+def test_longest_first_under_the_token_budget(cache):
+    """
+    Pairs of 9, 8, 4, 4, 3, 1 tokens and a batch size of 2: the budget is 9 + 8 = 17, so the micro-batches are
+    9 + 8, then 4 + 4 + 3 + 1 = 12.
+    """
+    lengths = [4, 9, 1 + 2, 8, 3, 4]
+    rows = [
+        {"prompt_ids": [3 + i] * (n - 2), "chosen_ids": [5], "rejected_ids": [6], "row_id": str(i)}
+        for i, n in enumerate(lengths)
+    ]
+    compute = OneByOne()
+    run(rows, cache, compute, batch_size=2)
+    assert compute.asked == [["1", "3"], ["0", "5", "2", "4"]]
+    assert reference._micro_batches(np.arange(3), np.array([5, 5, 5]), 1) == [[0], [1], [2]]
+
+
+def test_no_random_number_is_drawn(cache):
+    torch.manual_seed(3)
+    random.seed(3)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    run(make_rows(9), cache, lambda examples: (torch.ones(len(examples)), torch.ones(len(examples))))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (random.getstate(), np.random.get_state()[1].tolist())
+
+
+def test_a_value_that_is_not_finite_is_refused_and_not_kept(cache):
+    rows = make_rows(5)
+
+    def compute(examples):
+        chosen = torch.tensor([float("nan") if row["row_id"] == "made:3" else -1.0 for row in examples])
+        return chosen, -2 * torch.ones(len(examples))
+
+    with pytest.raises(
+        RecipeError, match=r"gives 1 of 5 rows no finite log-probability, the first is row 3 \(made:3\)"
+    ):
+        run(rows, cache, compute)
+    again = OneByOne()
+    run(rows, cache, again)
+    assert again.rows() == ["made:3"]
+
+
+# ---------------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_damaged_shard_is_computed_again(cache):
+    rows = make_rows(12)
+    run(rows[:6], cache, OneByOne())
+    (damaged,) = cache.folder.glob(FILES)
+    run(rows[6:], cache, OneByOne())
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1  # a bit of the last log-probability
+    damaged.write_bytes(content)
+    compute = OneByOne()
+    with pytest.warns(UserWarning, match="is damaged: its rows are computed again"):
+        np.testing.assert_allclose(run(rows, cache, compute), expected(rows), rtol=1e-6)
+    assert compute.rows() == [f"made:{i}" for i in range(6)]
+
+
+def write_many(writer: int, cache: ReferenceCache) -> int:
+    for part in range(40):
+        keys, logps = entries(writer % 3, part)  # writers 0 and 3 write the same
+        cache.append(keys, logps)
+    return len(list(cache.folder.glob(FILES)))
+
+
+def entries(writer: int, part: int) -> tuple[np.ndarray, np.ndarray]:
+    draw = np.random.default_rng([writer, part])
+    return draw.integers(0, 256, (20, 16), dtype=np.uint8), draw.normal(size=20)
+
+
+def test_concurrent_writers_and_a_reader(cache):
+    def work(rank: int) -> int:
+        if rank < 4:
+            return write_many(rank, cache)
+        keys, expected_logps = map(np.concatenate, zip(*(entries(i // 40, i % 40) for i in range(120)), strict=True))
+        seen = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a file that is read half written would be called damaged
+            while seen < 120:
+                logps, found = cache.lookup(keys)
+                assert (logps[found] == expected_logps[found]).all()
+                assert found.sum() >= seen * 20
+                seen = int(found.sum()) // 20
+        return seen
+
+    assert run_ranks(5, work)[4] == 120
+    assert sorted(path.suffix for path in cache.folder.iterdir()) == [".safetensors"] * 120
+
+
+def test_a_kill_in_mid_write_loses_one_flush(cache, monkeypatch):
+    """The process is killed between writing its third shard aside and renaming it; the first two are kept."""
+    rows = make_rows(12)
+    child = os.fork()
+    if not child:
+        replace, writes = os.replace, []
+
+        def die_at_the_third(source, target):
+            writes.append(target)
+            if len(writes) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(source, target)
+
+        os.replace = die_at_the_third
+        try:
+            run(rows, cache, OneByOne(), batch_size=2, flush_seconds=0.0)
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(list(cache.folder.glob(FILES))) == 2
+    assert len(list(cache.folder.glob("*.tmp"))) == 1
+
+    whole, rest = OneByOne(), OneByOne()
+    run(rows, ReferenceCache(cache.folder.parent, "fresh"), whole, batch_size=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_allclose(run(rows, cache, rest), expected(rows), rtol=1e-6)
+    assert rest.rows() == sorted(row for batch in whole.asked[2:] for row in batch)
+
+
+def test_what_is_computed_before_an_error_is_kept(cache):
+    rows = make_rows(12)
+
+    class Fails(OneByOne):
+        def __call__(self, examples):
+            if len(self.asked) == 2:
+                raise RuntimeError("out of memory")
+            return super().__call__(examples)
+
+    failing = Fails()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(rows, cache, failing, batch_size=2)
+    compute = OneByOne()
+    run(rows, cache, compute, batch_size=2)
+    assert sorted(compute.rows() + failing.rows()) == sorted(row["row_id"] for row in rows)
+
+
+def test_a_disk_that_takes_nothing_costs_only_the_cache(cache):
+    rows = make_rows(3)
+    shutil.rmtree(cache.folder)
+    with pytest.warns(UserWarning, match="No such file or directory; 6 reference log-probabilities are not kept"):
+        np.testing.assert_allclose(run(rows, cache, OneByOne()), expected(rows), rtol=1e-6)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match="reference_cache .*file/space: Not a directory"):
+        ReferenceCache(tmp_path / "file", "space")
+
+
+def test_a_million_keys(cache):
+    """Two million log-probabilities, a pair's two sequences of a million rows, are looked up within seconds."""
+    draw = np.random.default_rng(0)
+    keys, logps = draw.integers(0, 256, (1_000_000, 16), dtype=np.uint8), draw.normal(size=1_000_000)
+    cache.append(keys[:500_000], logps[:500_000])
+    cache.append(keys[500_000:900_000], logps[500_000:900_000])
+    start = time.perf_counter()
+    values, found = cache.lookup(keys[::-1])
+    assert time.perf_counter() - start < 10  # 0.7 s alone on two cores
+    assert found.tolist() == [False] * 100_000 + [True] * 900_000
+    assert (values[found] == logps[:900_000][::-1]).all() and np.isnan(values[~found]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- several ranks
+
+
+def run_rank(rank: int, folders: list[str], rows: list[dict]) -> tuple[np.ndarray, list[list[str]]]:
+    compute = OneByOne()
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == len(folders)
+    return run(
+        rows, ReferenceCache(folders[rank], "space"), compute, batch_size=2, accelerator=accelerator
+    ), compute.asked
+
+
+def test_ranks_without_a_common_disk(tmp_path):
+    """Each rank computes its share, in as many forwards; all get the same values, and the next run needs none."""
+    rows = make_rows(11)
+    folders = [str(tmp_path / f"node{rank}") for rank in range(3)]
+    results = run_ranks(3, run_rank, folders, rows)
+    calls = [asked for _, asked in results]
+    assert len({len(asked) for asked in calls}) == 1
+    assert len({row for asked in calls for batch in asked for row in batch}) == 11
+    assert sum(len(batch) for asked in calls for batch in asked) < 11 + 2 * 3  # shared out, but for a repeat or two
+    for values, _ in results:
+        np.testing.assert_allclose(values, expected(rows), rtol=1e-6)
+        assert (values == results[0][0]).all()
+
+    for values, asked in run_ranks(3, run_rank, folders[::-1], rows):
+        assert asked == []
+        assert (values == results[0][0]).all()
+
+
+# ---------------------------------------------------------------------------------------------------- weights
+
+
+def test_the_digest_follows_the_weights_and_not_their_path(model_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    digest = weights_digest(model_folder)
+    assert weights_digest(copy) == digest
+
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert weights_digest(copy) != digest
+
+
+def test_the_digest_follows_what_the_config_computes(model_folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "elsewhere"}))
+    assert weights_digest(copy) == weights_digest(model_folder)
+    (copy / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
+    assert weights_digest(copy) != weights_digest(model_folder)
+
+
+def test_every_piece_and_shard_enters_the_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr("weights.PIECE", 1000)
+    build_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    shards = sorted(tmp_path.glob(FILES))
+    assert len(shards) >= 2
+    digests = {weights_digest(tmp_path)}
+    for shard in shards:
+        whole = shard.read_bytes()
+        for position in (len(whole) // 2, len(whole) - 1):
+            changed = bytearray(whole)
+            changed[position] ^= 1
+            shard.write_bytes(changed)
+            digests.add(weights_digest(tmp_path))
+        shard.write_bytes(whole)
+    assert len(digests) == 1 + 2 * len(shards)
+    shards[0].unlink()
+    with pytest.raises(RecipeError, match=f"names {shards[0].name}, which is not there"):
+        weights_digest(tmp_path)
+
+
+def test_an_adapter_counts_with_its_base(model_folder, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    model = get_peft_model(build_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    digests = [weights_digest(base), weights_digest(tmp_path / "adapter")]
+
+    for file in (tmp_path / "adapter" / "adapter_model.safetensors", base / "model.safetensors"):
+        tensors = load_file(file)
+        save_file({name: tensor + 1 for name, tensor in tensors.items()}, file)
+        digests.append(weights_digest(tmp_path / "adapter"))
+    assert len(set(digests)) == 4
+
+
+def test_a_model_in_memory(model_folder):
+    model = build_model()
+    digest = weights_digest(model)
+    assert weights_digest(build_model()) == digest
+    assert weights_digest(build_model(sliding_window=8)) != digest
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert weights_digest(model) != digest
+    assert weights_digest(build_model(dtype=torch.bfloat16)) != digest
+
+
+def test_no_weights_no_digest(tmp_path):
+    with pytest.raises(RecipeError, match="no model.safetensors or pytorch_model.bin"):
+        weights_digest(tmp_path)
+    with pytest.raises(RecipeError, match="neither a folder nor in the Hub's local cache"):
+        weights_digest(tmp_path / "absent")
+    with pytest.raises(RecipeError, match="neither a folder nor in the Hub's local cache"):
+        weights_digest("nobody/no-such-model")
+
+
+def test_the_namespace_tells_precisions_apart():
+    names = {
+        namespace("w", torch.float32),
+        namespace("w", torch.bfloat16),
+        namespace("w", torch.float32, torch.bfloat16),
+        namespace("v", torch.float32),
+    }
+    assert len(names) == 4
+    assert all(name.replace("-", "").isalnum() for name in names)  # folder names everywhere
+
+
+def digest_on_rank(rank: int, folder: str) -> str:
+    Accelerator(cpu=True)
+    return weights_digest(folder if rank == 0 else folder + "/gone")
+
+
+def test_rank_0_digests_for_all(model_folder):
+    assert run_ranks(2, digest_on_rank, model_folder) == [weights_digest(model_folder)] * 2
