@@ -1,0 +1,182 @@
+"""The rows of a source as its files hold them, loaded with Hugging Face's datasets; every failure is a clear line."""
+
+import difflib
+import gzip
+import json
+import logging
+import math
+import zlib
+from functools import cache
+from pathlib import Path
+
+import datasets
+import httpx
+import numpy as np
+from datasets import Dataset
+from datasets.exceptions import DatasetGenerationError, DatasetsError
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
+
+from arguments import DatasetEntry
+from errors import RecipeError
+
+BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
+
+
+def place(entry: DatasetEntry) -> str:
+    """How messages name the source: the path and, where there are some, its configuration and files."""
+    files = [entry.data_files] if isinstance(entry.data_files, str) else entry.data_files or []
+    details = ([entry.name] if entry.name else []) + files
+    return f"{entry.path} ({', '.join(details)})" if details else entry.path
+
+
+def source_names(entries: list[DatasetEntry]) -> list[str]:
+    """The name of each source in row ids and in the audit; two entries of one name would share their row ids."""
+    names = [entry.source or Path(entry.path).name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f"datasets: {names.count(name)} entries are called {name!r}; name each with `source:`")
+    return names
+
+
+def load_rows(entry: DatasetEntry) -> Dataset:
+    """
+    The rows of one entry, memory-mapped from the cache of datasets.
+
+    Raises:
+        RecipeError: a file, dataset, configuration or split that isn't there, a file that can't be read, or no rows.
+    """
+    path = Path(entry.path).expanduser()
+    where = place(entry)
+    name = path.name.removesuffix(".gz")
+    suffix = Path(name).suffix
+    options: dict = {"name": entry.name, "data_files": entry.data_files, "revision": entry.revision}
+    if path.is_file() or suffix in BUILDERS:
+        if not path.is_file():
+            raise RecipeError(f"{where}: no such file{_near(path)}; correct `path`")
+        if suffix not in BUILDERS:
+            raise RecipeError(f"{where}: unknown kind of file; `path` reads {', '.join(BUILDERS)}, also with .gz")
+        for key in ("name", "data_files", "revision"):
+            if options[key] is not None:
+                raise RecipeError(f"{where}: `path` is a file, so `{key}` has no meaning here; remove it")
+        target, options = BUILDERS[suffix], {"data_files": str(path)}
+        if target == "csv":
+            options["keep_default_na"] = False  # an answer that reads "None" or "N/A" is an answer
+    elif path.is_dir():
+        target = str(path)
+    else:
+        target = entry.path
+        if entry.path not in BUILDERS.values():
+            if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1:
+                raise RecipeError(f"{where}: no such file or folder{_near(path)}; correct `path`")
+            _leave_the_hub_if_unreachable()
+    try:
+        rows = datasets.load_dataset(target, split=entry.split, **options)
+    except DatasetGenerationError as error:
+        fault = _first_fault(path, entry.data_files) or f"unreadable: {_one_line(error.__cause__ or error)}"
+        raise RecipeError(f"{where}: {fault}") from error
+    except ConnectionError as error:
+        raise RecipeError(
+            f"{where}: neither a local file or folder nor in the cache, and the Hub can't be reached; correct `path`, "
+            "or fetch it once with network access"
+        ) from error
+    except StopIteration as error:  # what an empty file ends in
+        raise RecipeError(f"{where}: no rows") from error
+    except (DatasetsError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise RecipeError(f"{where}: no rows in split {entry.split!r}") from error
+        raise RecipeError(f"{where}: {_one_line(error)}") from error
+    if not len(rows):
+        raise RecipeError(f"{where}: no rows in split {entry.split!r}")
+    return rows
+
+
+def draw_fraction(rows: int, fraction: float, seed: int, source: str) -> np.ndarray:
+    """
+    Which rows of a source a fraction keeps: the same on every machine, in the source's order. Shape: (kept,).
+
+    The raw stream of PCG64 is fixed for good, unlike the methods of numpy's Generator; the source's name is part of
+    the seed, so that two sources of one size don't keep the same row numbers.
+    """
+    keys = np.random.PCG64([seed, zlib.crc32(source.encode())]).random_raw(rows)
+    kept = math.floor(fraction * rows + 1e-9)  # 0.29 * 100 is 28.999999999999996
+    return np.sort(np.argsort(keys, kind="stable")[:kept])
+
+
+@cache
+def _leave_the_hub_if_unreachable() -> None:
+    # Without network, datasets would ask five times and wait 23 s before it looks into its own cache.
+    if datasets.config.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except httpx.TransportError as error:
+        logging.getLogger(__name__).warning("%s can't be reached (%s): cache only", constants.ENDPOINT, error)
+        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+
+
+def _near(path: Path) -> str:
+    names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, names)
+
+
+def did_you_mean(name: str, names: list[str]) -> str:
+    """The end of a message about a name that isn't there."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def kind(value: object) -> str:
+    """What a JSON value is, in the words of the messages."""
+    kinds = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds[type(value)]
+
+
+def _first_fault(path: Path, data_files: str | list[str] | None) -> str | None:
+    """What is wrong with the first faulty line of the JSON files that datasets could not read; None if unknown."""
+    if path.is_file():
+        return _fault(path)
+    names = [data_files] if isinstance(data_files, str) else data_files or ["*"]
+    for name in names:
+        for file in sorted(path.glob(name)) if path.is_dir() else [Path(name)]:
+            if file.is_file() and (fault := _fault(file)):
+                return f"{file.name}: {fault}"
+    return None
+
+
+def _fault(path: Path) -> str | None:
+    if BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix) != "json":
+        return None
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            is_array = file.read(1) == "["
+            file.seek(0)
+            if is_array:
+                json.load(file)
+                return None
+            seen: dict[str, str] = {}
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    return f"line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it"
+                if not isinstance(row, dict):
+                    return f"line {number} is {kind(row)}, not a JSON object; mend or remove it"
+                for column, value in row.items():
+                    if value is not None and kind(value) != seen.setdefault(column, kind(value)):
+                        return (
+                            f"rows of mixed layouts: `{column}` is {kind(value)} on line {number} and {seen[column]} "
+                            "before it; give each layout a file and an entry of its own"
+                        )
+    except json.JSONDecodeError as error:
+        return f"line {error.lineno} is not JSON ({error.msg} at column {error.colno}); mend the file"
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return f"can't be read ({_one_line(error)}); fetch the file again"
+    return None
