@@ -1,0 +1,137 @@
+"""
+A run of seconds for tests that must kill, damage and resume it: it trains in processes of its own, forked from a
+server that has imported everything once, with the environment that `accelerate launch` would give them.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STEPS, SAVE_EVERY = 8, 2
+PRELOADED = ["tiny_run", "conftest", "transformers.trainer", "deepspeed", "checkpoints"]
+
+
+@dataclass
+class Options:
+    """What a test asks of the run."""
+
+    output_dir: str
+    processes: int = 1
+    zero_stage: int | None = None
+    resume: str | None = None  # as resume_from_checkpoint in a recipe
+    batch: int = 2
+    accumulation: int = 2
+    steps: int = STEPS
+    arguments: dict = field(default_factory=dict)  # more TrainingArguments
+    die_at: tuple[str, str, int] | None = None  # audit event, part of its first argument, which occurrence
+    signal_at: int | None = None  # the step that SIGTERM arrives in
+    signal_rank: int = 0
+
+
+def launch(options: Options, timeout: float = 120.0) -> list[int]:
+    """Run on `options.processes` processes; their exit codes (−9: killed)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [context.Process(target=train, args=(options, index, port)) for index in range(options.processes)]
+    for process in ranks:
+        process.start()
+    ranks[0].join(timeout)
+    for process in ranks:
+        # When one is killed, the others fail at their next exchange, or wait in it: a launcher would end them.
+        process.join(timeout if all(other.exitcode in (0, None) for other in ranks) else 5)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in ranks]
+
+
+def train(options: Options, rank: int, port: int) -> None:
+    """One process of the run."""
+    if options.processes > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes}
+        place |= {"LOCAL_WORLD_SIZE": options.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in place.items()})
+    if options.zero_stage is not None:
+        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(options.zero_stage))
+        os.environ.update(ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_MIXED_PRECISION="no")
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from checkpoints import CompleteCheckpoints, StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from conftest import build_model
+    from errors import exits_cleanly
+    from ranks import join_processes
+    from runs import spare_cpu_compile
+
+    torch.set_num_threads(1)
+
+    class TinyTrainer(CompleteCheckpoints, Trainer):
+        pass
+
+    class SendSignal(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step + 1 == options.signal_at and rank == options.signal_rank:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    @exits_cleanly
+    def run() -> None:
+        spare_cpu_compile()
+        join_processes(timeout=30)
+        if options.die_at and rank == 0:
+            _die_at(*options.die_at)
+        arguments = {"per_device_train_batch_size": options.batch, "gradient_accumulation_steps": options.accumulation}
+        arguments |= {"max_steps": options.steps, "save_steps": SAVE_EVERY, "save_total_limit": 2, "logging_steps": 1}
+        arguments |= {"learning_rate": 1e-2, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "seed": 1}
+        arguments |= {"bf16": False, "save_strategy": "steps"}
+        args = TrainingArguments(options.output_dir, **(arguments | options.arguments))
+        rows = torch.randint(3, 320, (40, 12), generator=torch.Generator().manual_seed(7)).tolist()
+        data = [{"input_ids": row, "labels": row} for row in rows]
+        model = build_model(attention_dropout=0.1)  # dropout: a resume that loses the random state is seen
+        stop = StopOnSignal()
+        trainer = TinyTrainer(model, args, train_dataset=data, callbacks=[stop, SendSignal()])
+        checkpoint = checkpoint_to_resume(options.resume, options.output_dir)
+        if checkpoint:
+            check_fits(checkpoint, launched_as(trainer))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        stop.exit_if_stopped(trainer.state.global_step)
+        trainer.save_model(str(Path(options.output_dir) / "final"))
+        if rank == 0:
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            (Path(options.output_dir) / "losses.json").write_text(json.dumps([checkpoint, losses]))
+
+    run()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _die_at(event: str, part: str, occurrence: int) -> None:
+    """kill −9 this process at the nth audit event of that name whose first argument contains `part`."""
+    seen = 0
+
+    def hook(name: str, args: tuple) -> None:
+        nonlocal seen
+        if name == event and part in str(args[0]):
+            seen += 1
+            if seen == occurrence:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def outcome(output_dir: Path) -> tuple[str | None, list[float], dict]:
+    """The checkpoint that a finished run went on from, its losses and its weights."""
+    from safetensors.torch import load_file
+
+    checkpoint, losses = json.loads((output_dir / "losses.json").read_text())
+    return checkpoint, losses, load_file(output_dir / "final" / "model.safetensors")
