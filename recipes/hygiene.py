@@ -1,0 +1,266 @@
+"""
+The rules that a training row must meet. `read_facts` reads the rows' text once and leaves a few numbers per row, the
+facts; every decision here and in `buffer.py` is made from those.
+"""
+
+import operator
+import string
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from rapidfuzz.distance import Indel
+from rapidfuzz.process import cpdist
+from xxhash import xxh3_64_intdigest
+
+from arguments import Hygiene
+from scanning import BATCH, by_batch, reopened, slices
+
+Facts = dict[str, np.ndarray]
+CountTokens = Callable[[list[list[dict]]], list[int]]
+
+# In the order in which they are tried: a row goes by the first rule that it breaks. Each is a key of `Hygiene`.
+RULES = (
+    "empty",
+    "identical",
+    "min_characters",
+    "max_length_ratio",
+    "max_similarity",
+    "duplicates",
+    "contradictions",
+    "ties",
+    "min_answer_tokens",
+    "eval_ngram",
+)
+CODES = {rule: code for code, rule in enumerate(RULES, start=1)}  # 0: no rule is broken
+PROBE = 4  # words; see `Ngrams`
+SEPARATORS = str.maketrans(string.punctuation, " " * len(string.punctuation))
+NUMBERS = ("chosen_safe", "rejected_safe", "chosen_severity", "rejected_severity", "score_chosen", "score_rejected")
+
+
+# ---------------------------------------------------------------------------------------------- what a row is
+class Ngrams:
+    """
+    Runs of n words that occur in the evaluation prompts. Words are what white space and ASCII punctuation separate,
+    after case folding; a prompt's user turns count as one text. A prompt shorter than n words matches as a whole only.
+
+    Exact and cheap: any run of n words holds a run of `PROBE` words that starts at a multiple of n − PROBE + 1, so a
+    prompt of w words is first asked w/10 questions (n = 13), and only one that answers yes is compared word by word.
+    """
+
+    def __init__(self, prompts: Sequence[list[dict]], n: int):
+        self.n, self.probe = n, min(PROBE, n)
+        self.whole, self.runs, self.probes = set(), set(), set()
+        for prompt in prompts:
+            words = words_of(" ".join(turn["content"] for turn in prompt if turn["role"] == "user").casefold())
+            if len(words) < n:
+                self.whole.add(" ".join(words))
+            self.runs.update(_runs(words, n))
+            self.probes.update(_runs(words, self.probe) if len(words) >= n else ())
+        self.whole.discard("")
+
+    def shared_with(self, folded: str) -> bool:
+        """Whether a case-folded prompt shares a run of n words, or all of its words, with an evaluation prompt."""
+        words = words_of(folded)
+        if len(words) < self.n:
+            return " ".join(words) in self.whole
+        if self.probes.isdisjoint(_runs(words, self.probe, step=self.n - self.probe + 1)):
+            return False
+        return not self.runs.isdisjoint(_runs(words, self.n))
+
+
+def words_of(folded: str) -> list[str]:
+    return folded.translate(SEPARATORS).split()
+
+
+def _runs(words: list[str], length: int, step: int = 1) -> list[str]:
+    return [" ".join(words[i : i + length]) for i in range(0, len(words) - length + 1, step)]
+
+
+def _digests(texts: Sequence[str]) -> np.ndarray:
+    # 64 bits: among ten million rows the chance that any two different ones meet is 3 in a million.
+    return np.fromiter((xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
+
+
+def _messages(prompts: pa.ListArray) -> tuple[list[tuple[int, int]], list[str], list[str]]:
+    """Each prompt's first message and the one after its last, and the roles and contents of all messages."""
+    starts = (prompts.offsets.to_numpy() - prompts.offsets[0].as_py()).tolist()
+    messages = prompts.flatten()
+    roles, contents = (pc.struct_field(messages, name).to_pylist() for name in ("role", "content"))
+    return list(zip(starts[:-1], starts[1:], strict=True)), roles, contents
+
+
+def _pair_keys(prompts: list[str], chosen: list[str], rejected: list[str]) -> Facts:
+    """
+    `pair`: the prompt and its two answers, whichever is chosen, after case folding; `side`: which of the two is
+    chosen (−1 or 1; 0 where they fold to the same text).
+    """
+    prompt = _digests(prompts)
+    chosen, rejected = (_digests([text.casefold() for text in texts]) for texts in (chosen, rejected))
+    low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
+    # Odd multipliers modulo 2^64 (xxHash's primes) keep the three digests' places apart.
+    pair = (
+        prompt * np.uint64(0x9E3779B185EBCA87)
+        + low * np.uint64(0xC2B2AE3D27D4EB4F)
+        + high * np.uint64(0x165667B19E3779F9)
+    )
+    return {"pair": pair, "side": (chosen > rejected).astype(np.int8) - (chosen < rejected).astype(np.int8)}
+
+
+def _one_text(spans: list[tuple[int, int]], roles: list[str], contents: list[str]) -> list[str]:
+    turns = [f"{role}\0{content}" for role, content in zip(roles, contents, strict=True)]
+    return ["\0".join(turns[a:b]) for a, b in spans]
+
+
+def _numbers(column: pa.Array) -> np.ndarray:
+    """A numeric or boolean column as float64, null as NaN."""
+    return pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
+
+
+def read_pairs(rows: Dataset) -> Facts:
+    """`pair` and `side` of each row, for comparing two sets."""
+
+    def read(batch: pa.RecordBatch) -> Facts:
+        spans, roles, contents = _messages(batch["prompt"])
+        prompts = _one_text(spans, roles, [content.casefold() for content in contents])
+        return _pair_keys(prompts, batch["chosen"].to_pylist(), batch["rejected"].to_pylist())
+
+    return by_batch(rows.select_columns(["prompt", "chosen", "rejected"]), read)
+
+
+def read_facts(rows: Dataset, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
+    """
+    All that the selection needs to know of each row:
+    `broken` (uint8): the first broken rule of those that a row breaks by itself and that stand before `duplicates`;
+    `overlap` (bool); `pair`, `side`; `order` (uint64): a digest of seed and row id, the order of every seeded choice;
+    `prompt_bytes`, `frame` (uint64: a digest of the prompt's roles); `chosen_length`, `rejected_length` in characters;
+    the columns of `NUMBERS`, and the column that `extra` names under the name `extra`, as float64; `tie`, `buffer`
+    (bool); `row_id`, `source`, `category` (Arrow).
+    """
+    return by_batch(rows, partial(_read_batch, settings=settings, seed=seed, ngrams=ngrams, extra=extra))
+
+
+def _read_batch(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
+    size = batch.num_rows
+    spans, roles, contents = _messages(batch["prompt"])
+    folded = [content.casefold() for content in contents]
+    chosen, rejected = batch["chosen"].to_pylist(), batch["rejected"].to_pylist()
+    lengths = [np.fromiter(map(len, answers), np.int64, size) for answers in (chosen, rejected)]
+    shorter, longer = np.minimum(*lengths), np.maximum(*lengths)
+
+    broken = np.zeros(size, np.uint8)
+
+    def mark(rule: str, found: np.ndarray) -> None:
+        broken[(broken == 0) & found] = CODES[rule]
+
+    if settings.empty != "keep":
+        blank = (a == b or not contents[b - 1].strip() for a, b in spans)
+        answers = (not (c.strip() and r.strip()) for c, r in zip(chosen, rejected, strict=True))
+        mark("empty", np.fromiter(map(operator.or_, blank, answers), bool, size))
+    if settings.identical != "keep":
+        mark("identical", np.fromiter(map(operator.eq, chosen, rejected), bool, size))
+    if settings.min_characters is not None:
+        mark("min_characters", shorter < settings.min_characters)
+    if settings.max_length_ratio is not None:
+        mark("max_length_ratio", longer > settings.max_length_ratio * shorter)
+    if settings.max_similarity is not None:
+        # The Indel similarity is 2·LCS / (sum of lengths), and the LCS is at most the shorter text.
+        near = np.flatnonzero((broken == 0) & (2 * shorter > settings.max_similarity * (shorter + longer)))
+        similarity = cpdist(
+            [chosen[i] for i in near],
+            [rejected[i] for i in near],
+            scorer=Indel.normalized_similarity,
+            score_cutoff=settings.max_similarity,  # below it 0 is returned, and most of the work is saved
+            dtype=np.float64,
+        )
+        mark("max_similarity", np.isin(np.arange(size), near[similarity > settings.max_similarity]))
+
+    overlap = np.zeros(size, bool)
+    if ngrams is not None:
+        users = (" ".join(folded[i] for i in range(a, b) if roles[i] == "user") for a, b in spans)
+        overlap = np.fromiter(map(ngrams.shared_with, users), bool, size)
+
+    sizes = [len(content.encode()) for content in contents]
+    row_ids = batch["row_id"].to_pylist()
+    return {
+        "broken": broken,
+        "overlap": overlap,
+        **_pair_keys(_one_text(spans, roles, folded), chosen, rejected),
+        "order": _digests([f"{seed}:{row_id}" for row_id in row_ids]),
+        "prompt_bytes": np.fromiter((sum(sizes[a:b]) for a, b in spans), np.int64, size),
+        "frame": _digests([" ".join(roles[a:b]) for a, b in spans]),
+        "chosen_length": lengths[0],
+        "rejected_length": lengths[1],
+        "tie": _numbers(batch["tie"]) == 1,
+        "buffer": np.fromiter((role == "buffer" for role in batch["role"].to_pylist()), bool, size),
+        **{name: _numbers(batch[name]) for name in NUMBERS},
+        **({"extra": _numbers(batch[extra])} if extra else {}),
+        **{name: batch[name] for name in ("row_id", "source", "category")},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- the verdict
+def first_broken(
+    rows: Dataset, facts: Facts, settings: Hygiene, max_length: int | None, count_prompt_tokens: CountTokens | None
+) -> np.ndarray:
+    """The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8."""
+    broken = facts["broken"].copy()
+
+    def mark(rule: str, found: np.ndarray) -> None:
+        broken[(broken == 0) & found] = CODES[rule]
+
+    if settings.duplicates != "keep":
+        mark("duplicates", _seen_before(facts["pair"] + facts["side"].astype(np.uint64), broken == 0))
+    if settings.contradictions != "keep":
+        mark("contradictions", _both_ways(facts["pair"], facts["side"], broken == 0))
+    if settings.ties != "keep":
+        mark("ties", facts["tie"])
+    if settings.min_answer_tokens is not None and max_length is not None and count_prompt_tokens is not None:
+        room = max_length - settings.min_answer_tokens
+        mark("min_answer_tokens", _too_long(rows, facts, broken == 0, room, count_prompt_tokens))
+    if settings.eval_ngram is not None:
+        mark("eval_ngram", facts["overlap"])
+    return broken
+
+
+def _seen_before(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
+    places = np.flatnonzero(among)
+    found = among.copy()
+    found[places[np.unique(keys[places], return_index=True)[1]]] = False
+    return found
+
+
+def _both_ways(pair: np.ndarray, side: np.ndarray, among: np.ndarray) -> np.ndarray:
+    one, other = (pair[among & (side == way)] for way in (-1, 1))
+    return among & np.isin(pair, np.intersect1d(one, other)) & (side != 0)
+
+
+def _too_long(
+    rows: Dataset, facts: Facts, among: np.ndarray, room: int, count_prompt_tokens: CountTokens
+) -> np.ndarray:
+    """
+    Prompts of more than `room` tokens. A byte-level tokenizer makes at most one token of a byte (SentencePiece one
+    more per message, for the space it puts in front), so that only a prompt with more bytes than room is tokenised.
+    What the template adds around the contents depends on the roles alone; it is measured on one-letter contents,
+    since a template may leave out an empty turn, and widened by two tokens a message.
+    """
+    found = np.zeros(len(rows), bool)
+    if not among.any():
+        return found
+    prompts = rows.select_columns(["prompt"])
+    _, firsts, kind = np.unique(facts["frame"][among], return_index=True, return_inverse=True)
+    examples = prompts.select(np.flatnonzero(among)[firsts])[:]["prompt"]
+    bare = [[turn | {"content": "a"} for turn in prompt] for prompt in examples]
+    overhead = np.array(count_prompt_tokens(bare)) + [2 * len(prompt) for prompt in bare]
+    asked = among.copy()
+    asked[among] = facts["prompt_bytes"][among] + overhead[kind] > room
+    for bounds in slices(rows):
+        places = bounds.start + np.flatnonzero(asked[bounds.start : bounds.stop])
+        if len(places):
+            for first, batch in enumerate(reopened(prompts.select(places)).iter(BATCH)):
+                at = places[first * BATCH : (first + 1) * BATCH]
+                found[at] = np.array(count_prompt_tokens(batch["prompt"])) > room
+    return found
