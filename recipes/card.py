@@ -28,6 +28,7 @@ from report import (
     stage_table,
 )
 from runs import versions
+from trl_keys import DEFAULTS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The columns of the card that this project reproduces, wxzhang/dpo-selective-buffer-spo-shift.
@@ -104,8 +105,10 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
     recipe = _public(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
     records = read_metrics(folder)
     evaluated = evaluations(records)
+    before = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
     base = recipe["model_name_or_path"]
     margin = Margin(**recipe["margin"]) if "margin" in recipe else None
+    beta = recipe.get("beta", DEFAULTS["beta"])
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -120,19 +123,17 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
         base=base,
         datasets=[entry["path"] for entry in recipe["datasets"]],
         last=evaluated[-1] if evaluated else {},
-        evaluation=evaluation_table(evaluated[0] if evaluated[0]["step"] == 0 else {}, evaluated[-1])
-        if evaluated and margin
-        else None,
+        evaluation=evaluation_table(before, evaluated[-1]) if evaluated and margin else None,
         training=training_table(records),
         results=_results(folder),
         margin=margin,
-        beta=recipe.get("beta"),
+        beta=beta,
         preset=SOURCES.get(margin.preset) if margin else None,
         formula=_formula(margin) if margin else None,
-        classes=_class_margins(margin, recipe["beta"]) if margin else None,
+        classes=_class_margins(margin, beta) if margin else None,
         selection=_selection(folder),
         batch=_batch(recipe, world_size),
-        settings=[[key, f"`{recipe[key]}`"] for key in SETTINGS if recipe.get(key) not in (None, False, [])],
+        settings=_settings(recipe),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         versions=[list(item) for item in versions().items()],
         plots=[name for name in PLOTS if (folder / "plots" / f"{name}.png").is_file()],
@@ -221,14 +222,28 @@ def _class_margins(margin: Margin, beta: float) -> tuple[list[str], Rows] | None
 
 
 def _batch(recipe: dict[str, Any], world_size: int | None) -> str | None:
-    """The arithmetic of an update, e.g. "2 × 8 × 2 = 32"."""
-    device, accumulation = recipe.get("per_device_train_batch_size"), recipe.get("gradient_accumulation_steps")
-    if not (device and accumulation and world_size):
+    """The arithmetic of an update, e.g. "2 per device × 8 accumulated × 2 processes = 32"."""
+    if world_size is None:
         return None
+    device = recipe.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
+    accumulation = recipe.get("gradient_accumulation_steps", DEFAULTS["gradient_accumulation_steps"])
+    total = recipe.get("pairs_per_update") or recipe.get("conversations_per_update")
+    if total:  # the run has fitted the accumulation to it
+        accumulation = total // (device * world_size)
+    processes = "process" if world_size == 1 else "processes"
     return (
-        f"{device} per device × {accumulation} accumulated × {world_size} "
-        f"{'process' if world_size == 1 else 'processes'} = {device * accumulation * world_size}"
+        f"{device} per device × {accumulation} accumulated × {world_size} {processes} = "
+        f"{device * accumulation * world_size}"
     )
+
+
+def _settings(recipe: dict[str, Any]) -> Rows:
+    shown = {key: recipe[key] for key in SETTINGS if recipe.get(key) not in (None, False, [])}
+    if not recipe.get("use_peft"):
+        shown.setdefault("trainable_parameters", "all")
+    return [
+        [key, f"`{', '.join(map(str, value)) if isinstance(value, list) else value}`"] for key, value in shown.items()
+    ]
 
 
 def _results(folder: Path) -> tuple[list[str], Rows] | None:

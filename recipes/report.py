@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from errors import RecipeError
 from pair_metrics import GROUPS
+from ranks import rank
 
 METRICS = "metrics.jsonl"
 
@@ -168,8 +169,19 @@ def is_numeric(cells: Iterable[str]) -> bool:
     return all(cell[:1] in "0123456789+-–" for cell in cells)
 
 
+def announce(lines: Iterable[str]) -> None:
+    """Print what the run has decided or noticed, a line each, on rank 0 alone."""
+    if rank() == 0:
+        for line in lines:
+            print(f"note: {line}", flush=True)
+
+
 def print_table(title: str, header: Sequence[str], rows: Rows, file: TextIO | None = None) -> None:
-    """Print a table: ruled on a terminal; elsewhere (a log, a pipe) Markdown without colours or line breaks."""
+    """
+    Print a table on rank 0 alone: ruled on a terminal; elsewhere (a log, a pipe) Markdown without colours or wrapping.
+    """
+    if rank() != 0:
+        return
     file = file or sys.stdout
     terminal = file.isatty()
     console = Console(file=file, markup=False, emoji=False, highlight=False, width=None if terminal else 400)
