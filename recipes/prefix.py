@@ -30,6 +30,8 @@ ATTENTION = "prefix_shared"  # our name among transformers' attention implementa
 SHARED_ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
 # Rotary embeddings that don't look at the longest position of the batch (dynamic and longrope do).
 STATIC_ROPE = ("default", "linear", "llama3", "yarn")
+# What `pair_logps` needs of TRL's fused head (`add_fused_lm_head`).
+HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 class PairOutputs(NamedTuple):

@@ -6,19 +6,20 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from reference import ReferenceCache, reference_logps
-from replay import ReplaySampler
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
-from trl.models import disable_gradient_checkpointing, prepare_deepspeed
-from trl.trainer.utils import use_adapter
+from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from arguments import Margin, Replay
+from checkpoints import CompleteCheckpoints
 from losses import shifted_margin_loss, target_sign
 from margins import link_settings
 from pair_metrics import PairMetrics
-from prefix import PaddedCollator, PairOutputs, PrefixSharedCollator, pair_logps
+from prefix import HEAD_OUTPUTS, PaddedCollator, PairOutputs, PrefixSharedCollator, enable_prefix_sharing, pair_logps
+from reference import ReferenceCache, reference_logps
+from replay import ReplaySampler
 
 TRAINING_COLUMNS = [
     "row",
@@ -33,7 +34,7 @@ TRAINING_COLUMNS = [
 ]
 
 
-class ShiftedMarginTrainer(DPOTrainer):
+class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
     """
     DPO with a margin per row (`losses.shifted_margin_loss`), over prefix-shared or padded micro-batches.
 
@@ -71,6 +72,10 @@ class ShiftedMarginTrainer(DPOTrainer):
         self.last_rows: torch.Tensor | None = None  # row numbers of the latest micro-batch, for error messages
         self.evaluated: list[torch.Tensor] = []  # log-ratio gaps of the latest evaluation, one (B, 3) a micro-batch
         collator = PrefixSharedCollator() if prefix_sharing else PaddedCollator(processing_class.pad_token_id)
+        if prefix_sharing:
+            for network in (model, kwargs.get("ref_model")):
+                if network is not None:
+                    enable_prefix_sharing(network)
         # Without a reference there is nothing to load: the precomputed columns are then zeros.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs = precompute or margin.reference_free
@@ -82,6 +87,9 @@ class ShiftedMarginTrainer(DPOTrainer):
             data_collator=collator,
             **kwargs,
         )
+        if self.ref_model is not None:
+            # TRL leaves the reference's head to log-probabilities alone; one head for both is one code path.
+            add_fused_lm_head(self.accelerator.unwrap_model(self.ref_model), outputs=HEAD_OUTPUTS)
         self.pair_metrics = {mode: PairMetrics(self.accelerator.device) for mode in ("train", "eval")}
 
     # Rows arrive tokenised, cut and counted; TRL's own pass would cut and drop without a word.

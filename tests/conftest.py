@@ -1,6 +1,7 @@
 """A tiny tokenizer and Mistral-architecture model, built in code: every test runs offline and on them."""
 
 import os
+import random
 
 # Before the first import of transformers: no call to the Hub, no telemetry, no thread pool per worker.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -21,6 +23,25 @@ CORPUS = [
     "I can't help with that. Here is a safe way to do it instead.",
     "<|user|>\n<|assistant|>\n<|system|>\n What is the capital of France? Paris is the capital of France.",
 ] * 4
+FEATURES = Features(
+    {
+        "prompt": [{"role": Value("string"), "content": Value("string")}],
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "chosen_safe": Value("bool"),
+        "rejected_safe": Value("bool"),
+        "chosen_severity": Value("int64"),
+        "rejected_severity": Value("int64"),
+        "score_chosen": Value("float64"),
+        "score_rejected": Value("float64"),
+        "tie": Value("bool"),
+        "category": Value("string"),
+        "source": Value("string"),
+        "row_id": Value("string"),
+        "role": Value("string"),
+        "relabelled": Value("bool"),
+    }
+)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,6 +81,42 @@ def build_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) 
     }
     torch.manual_seed(seed)
     return MistralForCausalLM(MistralConfig(**(settings | overrides))).to(dtype)
+
+
+WORDS = "bake bread flour water salt yeast mix wait capital France Paris help safe instead way here".split()
+
+
+def preference_rows(count: int, seed: int = 0) -> Dataset:
+    """Rows of the schema of `preferences.FEATURES`, of random words; every fourth row is the buffer's, all labelled."""
+    draw = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": text(2, 8)}],
+                "chosen": text(3, 12),
+                "rejected": text(3, 12),
+                "chosen_safe": buffered or draw.random() < 0.5,
+                "rejected_safe": buffered or draw.random() < 0.5,
+                "chosen_severity": None,
+                "rejected_severity": None,
+                "score_chosen": draw.uniform(5, 9),
+                "score_rejected": draw.uniform(1, 5),
+                "tie": False,
+                "category": None,
+                "source": "tiny",
+                "row_id": f"tiny:{index}",
+                "role": "buffer" if buffered else "task",
+                "relabelled": False,
+            }
+            for index in range(count)
+            for buffered in [index % 4 == 3]
+        ],
+        features=FEATURES,
+    )
 
 
 @pytest.fixture(scope="session")
