@@ -36,7 +36,7 @@ RULES = (
     "eval_ngram",
 )
 CODES = {rule: code for code, rule in enumerate(RULES, start=1)}  # 0: no rule is broken
-PROBE = 4  # words; see `Ngrams`
+PROBE = 6  # words; see `Ngrams`
 SEPARATORS = str.maketrans(string.punctuation, " " * len(string.punctuation))
 NUMBERS = ("chosen_safe", "rejected_safe", "chosen_severity", "rejected_severity", "score_chosen", "score_rejected")
 
@@ -47,8 +47,9 @@ class Ngrams:
     Runs of n words that occur in the evaluation prompts. Words are what white space and ASCII punctuation separate,
     after case folding; a prompt's user turns count as one text. A prompt shorter than n words matches as a whole only.
 
-    Exact and cheap: any run of n words holds a run of `PROBE` words that starts at a multiple of n − PROBE + 1, so a
-    prompt of w words is first asked w/10 questions (n = 13), and only one that answers yes is compared word by word.
+    Exact and cheap: any run of n words holds exactly one run of `PROBE` words that starts at a multiple of
+    n − PROBE + 1. A prompt of w words is asked about those, w/8 questions with n = 13, and compared word by word only
+    around one that is answered yes.
     """
 
     def __init__(self, prompts: Sequence[list[dict]], n: int):
@@ -64,20 +65,23 @@ class Ngrams:
 
     def shared_with(self, folded: str) -> bool:
         """Whether a case-folded prompt shares a run of n words, or all of its words, with an evaluation prompt."""
-        words = words_of(folded)
+        words, stride = words_of(folded), self.n - self.probe + 1
         if len(words) < self.n:
             return " ".join(words) in self.whole
-        if self.probes.isdisjoint(_runs(words, self.probe, step=self.n - self.probe + 1)):
-            return False
-        return not self.runs.isdisjoint(_runs(words, self.n))
+        return any(
+            " ".join(words[start : start + self.n]) in self.runs
+            for place in range(0, len(words) - self.probe + 1, stride)
+            if " ".join(words[place : place + self.probe]) in self.probes
+            for start in range(max(0, place - stride + 1), min(place, len(words) - self.n) + 1)
+        )
 
 
 def words_of(folded: str) -> list[str]:
     return folded.translate(SEPARATORS).split()
 
 
-def _runs(words: list[str], length: int, step: int = 1) -> list[str]:
-    return [" ".join(words[i : i + length]) for i in range(0, len(words) - length + 1, step)]
+def _runs(words: list[str], length: int) -> list[str]:
+    return [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
 
 
 def _digests(texts: Sequence[str]) -> np.ndarray:
