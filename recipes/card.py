@@ -265,6 +265,7 @@ def _selection(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     selection = json.loads(path.read_text(encoding="utf-8"))
+    counts = selection["counts"]
     groups = {"Pair class": "by_class", "Source": "by_source", "Role": "by_role"}
-    tables = [stage_table(selection), *(group_table(name, selection[key]) for name, key in groups.items())]
+    tables = [stage_table(counts), *(group_table(name, counts[key]) for name, key in groups.items())]
     return selection | {"tables": tables}

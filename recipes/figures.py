@@ -125,11 +125,8 @@ def plot_margin_histogram(
         name = PAIR_CLASSES[index]
         drawn = (classes == index) & finite
         lost = int((classes == index).sum() - drawn.sum())
-        left.set_title(
-            f"{name} ({int(drawn.sum()):,} pairs{f', {lost} more not finite' if lost else ''})",
-            loc="left",
-            fontsize="medium",
-        )
+        title = f"{name}, pairs: {int(drawn.sum()):,}" + (f", not finite: {lost}" if lost else "")
+        left.set_title(title, loc="left", fontsize="medium")
         left.hist(before[drawn], bins=gap_edges, color="0.55", alpha=0.7, label="before")
         left.hist(after[drawn], bins=gap_edges, color=COLOURS[name], alpha=0.6, label="after")
         left.set_ylabel("pairs")

@@ -148,32 +148,25 @@ def margin_table(classes: Sequence[tuple[str, str, int, float, float, float]]) -
     return header, [[role, name, *map(number, values)] for role, name, *values in classes]
 
 
-def stage_table(selection: dict[str, Any]) -> tuple[list[str], Rows]:
-    """What each stage of a selection (`Audit.summary`, selection.json) dropped and why, as header and rows."""
-    rows = []
-    for stage in selection["stages"]:
-        left = stage["rows"]
-        for reason, dropped in stage["dropped"].items() or [("–", 0)]:
-            left -= dropped
-            rows.append([stage["stage"], reason, number(dropped), number(left)])
+def stage_table(counts: dict[str, Any]) -> tuple[list[str], Rows]:
+    """What each stage of a selection dropped and why (`Audit.counts`, also in selection.json), as header and rows."""
+    left = counts["rows"]
+    rows = [["rows", "read", "–", number(left)]]
+    for entry in counts["stages"]:
+        left -= entry["dropped"]
+        rows.append([entry["stage"], entry["reason"], number(entry["dropped"]), number(left)])
     return ["Stage", "Reason", "Dropped", "Left"], rows
 
 
 def group_table(name: str, groups: dict[str, dict[str, int]]) -> tuple[list[str], Rows]:
-    """Rows of each group (by class, source or role) before and after a selection, as header and rows."""
-    return [name, "Before", "After"], [[group, number(n["before"]), number(n["after"])] for group, n in groups.items()]
+    """Rows of each group (`by_class`, `by_source`, `by_role` of the counts) before and after, as header and rows."""
+    before, after = groups["before"], groups["after"]
+    return [name, "Before", "After"], [[group, number(before[group]), number(after[group])] for group in before]
 
 
 def is_numeric(cells: Iterable[str]) -> bool:
     """Whether a column holds numbers (or nothing)."""
     return all(cell[:1] in "0123456789+-–" for cell in cells)
-
-
-def announce(lines: Iterable[str]) -> None:
-    """Print what the run has decided or noticed, a line each, on rank 0 alone."""
-    if rank() == 0:
-        for line in lines:
-            print(f"note: {line}", flush=True)
 
 
 def print_table(title: str, header: Sequence[str], rows: Rows, file: TextIO | None = None) -> None:

@@ -10,7 +10,6 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from errors import RecipeError
 from report import (
     MetricsFile,
-    announce,
     evaluation_table,
     evaluations,
     group_table,
@@ -187,20 +186,22 @@ def test_margin_and_selection_tables():
     assert rows == [["task", "unsafe/safe", "1,234", "-1.0000", "-100.0", "10000.0"]]
     assert header[-1] == "Loss at Δ = 0"
     stages = [
-        {"stage": "rows", "rows": 1300, "dropped": {}, "left": 1300},
-        {"stage": "hygiene", "rows": 1300, "dropped": {"identical": 12, "ties": 88}, "left": 1200},
+        {"stage": "hygiene", "reason": "identical", "dropped": 12},
+        {"stage": "hygiene", "reason": "ties", "dropped": 88},
+        {"stage": "quotas", "reason": "source", "dropped": 200},
     ]
-    assert stage_table({"stages": stages}) == (
+    assert stage_table({"rows": 1300, "stages": stages}) == (
         ["Stage", "Reason", "Dropped", "Left"],
         [
-            ["rows", "–", "0", "1,300"],
+            ["rows", "read", "–", "1,300"],
             ["hygiene", "identical", "12", "1,288"],
             ["hygiene", "ties", "88", "1,200"],
+            ["quotas", "source", "200", "1,000"],
         ],
     )
-    assert group_table("Source", {"pku": {"before": 1300, "after": 1200}}) == (
+    assert group_table("Source", {"before": {"pku": 1300, "uf": 7}, "after": {"pku": 1200, "uf": 0}}) == (
         ["Source", "Before", "After"],
-        [["pku", "1,300", "1,200"]],
+        [["pku", "1,300", "1,200"], ["uf", "7", "0"]],
     )
 
 
@@ -240,8 +241,7 @@ def test_a_table_on_a_terminal_is_ruled_and_fits_its_width(monkeypatch):
 def test_only_rank_0_talks(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     print_table("T", ["a"], [["1"]])
-    announce(["decided"])
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
-    announce(["decided", "noticed"])
-    assert capsys.readouterr().out == "note: decided\nnote: noticed\n"
+    print_table("T", ["a"], [["1"]])
+    assert capsys.readouterr().out == "\nT\n| a |\n|---|\n| 1 |\n"

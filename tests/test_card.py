@@ -1,0 +1,228 @@
+import json
+import re
+import socket
+from typing import get_args, get_type_hints
+
+import datasets
+import pytest
+import yaml
+
+from arguments import PreferenceRecipe, Selection
+from buffer import select_rows
+from card import FORMULAS, SETTINGS, SOURCES, markdown_table, training_table, write_card
+from conftest import preference_rows
+from figures import draw_plots
+from losses import PRESETS, Link
+from parsing import resolve, save_recipe
+from report import Record
+from trl_keys import MODEL, TRAINING
+
+RECIPE = """
+model_name_or_path: {model}
+output_dir: {output}
+datasets:
+  - {{path: PKU-Alignment/PKU-SafeRLHF, columns: {{prompt: prompt, chosen: chosen, rejected: rejected,
+      chosen_safe: a, rejected_safe: b}}}}
+  - {{path: {rows}, role: buffer, columns: {{prompt: prompt, chosen: chosen, rejected: rejected,
+      chosen_safe: true, rejected_safe: true}}}}
+margin: {{preset: bfpo}}
+trainable_parameters: [down_proj]
+per_device_train_batch_size: 2
+pairs_per_update: 32
+learning_rate: 5.0e-7
+bf16: false
+{more}
+"""
+
+
+def evaluation(step: int, epoch: float, loss: float, chosen: float, rejected: float, accuracy: float) -> Record:
+    return {
+        "step": step,
+        "epoch": epoch,
+        "eval_loss": loss,
+        "eval_rewards/chosen": chosen,
+        "eval_rewards/rejected": rejected,
+        "eval_rewards/accuracies": accuracy,
+        "eval_rewards/margins": chosen - rejected,
+        "eval_accuracy_helpful": accuracy,
+        "eval_accuracy_target": 1 - accuracy,
+        "eval_logps/rejected": -221.25,
+        "eval_logps/chosen": -287.5,
+        "eval_logits/rejected": -2.125,
+        "eval_logits/chosen": -2.25,
+        "eval_unsafe_safe/loss": loss / 4,
+        "eval_unsafe_safe/accuracy_helpful": 0.125,
+        "eval_task/loss": loss,
+    }
+
+
+RECORDS = [
+    evaluation(0, 0.0, 0.6931, 0.0, 0.0, 0.0),
+    {"step": 10, "epoch": 0.25, "loss": 0.69, "rewards/chosen": -0.5},
+    {"step": 20, "epoch": 0.5, "loss": 0.685},
+    evaluation(20, 0.5, 0.68, -0.1, -0.08, 0.4375),
+    {"step": 40, "epoch": 1.0, "loss": 0.67},
+    {"step": 40, "epoch": 1.0, "train_runtime": 70.0, "train_loss": 0.68},
+    evaluation(40, 1.0, 0.6777, -0.1371, -0.083, 0.4693),
+]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An output folder with what a run leaves there, its paths absolute and a token in its recipe."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    output = tmp_path / "my-run"
+    output.mkdir()
+    text = RECIPE.format(model=tmp_path / "start", output=output, rows=tmp_path / "rows.jsonl", more="")
+    (tmp_path / "dpo.yaml").write_text(text)
+    save_recipe(resolve("dpo", ["--config", str(tmp_path / "dpo.yaml")], world_size=2), output)
+    (output / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    _, audit = select_rows(preference_rows(40).remove_columns("relabelled"), Selection(), seed=7)
+    audit.save(output)
+    (output / "results.json").write_text(json.dumps({"over_refusal": {"before": 0.0, "after": 0.02}, "seed": 7}))
+    draw_plots(output)
+    return output
+
+
+def card(output, **arguments):
+    return write_card(output, **arguments).read_text()
+
+
+def test_training_table_by_hand(folder):
+    text = card(folder)
+    assert (
+        "| Training Loss | Epoch | Step | Validation Loss | Rewards/chosen | Rewards/rejected | Rewards/accuracies "
+        "| Rewards/margins | Logps/rejected | Logps/chosen | Logits/rejected | Logits/chosen |\n"
+    ) in text
+    for row in (
+        "| No log | 0.0000 | 0 | 0.6931 | 0.0000 | 0.0000 | 0.0000 | 0.0000 | ",
+        "| 0.6850 | 0.5000 | 20 | 0.6800 | -0.1000 | -0.0800 | 0.4375 | -0.0200 | ",
+        "| 0.6700 | 1.0000 | 40 | 0.6777 | -0.1371 | -0.0830 | 0.4693 | -0.0541 | ",
+    ):
+        assert f"{row}-221.2 | -287.5 | -2.1250 | -2.2500 |\n" in text
+
+
+def test_evaluation_of_each_class_and_role_before_and_after(folder):
+    text = card(folder)
+    assert "- rewards/chosen: -0.1371\n" in text
+    assert "- target accuracy, the order that the margin asks for is the model's (sign(m)·Δ > 0): 0.5307\n" in text
+    assert "| all | 0.6931 → 0.6777 | 0.000 → -0.054 | 0.000 → 0.469 | 1.000 → 0.531 |\n" in text
+    assert "| unsafe/safe | 0.1733 → 0.1694 | – | 0.125 → 0.125 | – |\n" in text
+    assert "| over refusal | 0.0000 | 0.0200 |\n" in text
+    (folder / "metrics.jsonl").write_text(json.dumps(RECORDS[-1]) + "\n")  # a run that was evaluated at its end alone
+    text = card(folder)
+    assert "| all | 0.6777 | -0.054 | 0.469 | 0.531 |\n" in text
+    assert "before → after" not in text
+
+
+def test_margin_in_numbers(folder):
+    text = card(folder)
+    assert "a = 1.5, b = 0.5, k = 0.0, c = -0.5, φ = identity, β = 0.01.\n" in text
+    assert "    loss = (Δ − m/β)²\n" in text
+    assert "This is BFPO: [arXiv 2408.15313](https://arxiv.org/abs/2408.15313).\n" in text
+    # method: bfpo's table and 10⁴·m² at Δ = 0
+    assert "| safe/safe | 0.5000 | 50.0000 | 2500.0 |\n| safe/unsafe | 1.0000 | 100.0 | 10000.0 |\n" in text
+    assert "| unsafe/safe | -1.0000 | -100.0 | 10000.0 |\n| unsafe/unsafe | -0.5000 | -50.0000 | 2500.0 |\n" in text
+
+
+def test_selection_is_that_of_the_audit(folder):
+    text = card(folder)
+    selection = json.loads((folder / "selection.json").read_text())
+    counts = selection["counts"]
+    assert 0 < counts["kept"] < 40, "nothing was dropped, so the tables would say nothing"
+    assert f"{counts['kept']} of 40 rows were kept, {counts['relabelled']} of them relabelled. Seed 7" in text
+    assert f"`{selection['digest']}`" in text
+    assert "| rows | read | – | 40 |\n" in text
+    for entry in counts["stages"]:
+        assert f"| {entry['stage']} | {entry['reason']} | {entry['dropped']} | " in text
+    assert f" | {counts['kept']} |\n\n" in text  # what the last stage leaves
+    for groups in (counts["by_class"], counts["by_source"], counts["by_role"]):
+        for name, count in groups["before"].items():
+            assert f"| {name} | {count} | {groups['after'][name]} |\n" in text
+
+
+def test_settings_and_batch_arithmetic(folder):
+    text = card(folder, world_size=2)
+    assert "Pairs per update: 2 per device × 8 accumulated × 2 processes = 32.\n" in text
+    assert "| learning_rate | `5e-07` |\n" in text and "| trainable_parameters | `down_proj` |\n" in text
+    assert "Pairs per update" not in card(folder)
+    assert "| torch | 2." in text and "| trl | 1." in text
+
+
+def test_front_matter(folder):
+    matter = yaml.safe_load(card(folder).split("---\n")[1])
+    assert matter["library_name"] == "transformers" and "licence" not in matter and "license" not in matter
+    assert matter["datasets"] == ["PKU-Alignment/PKU-SafeRLHF"]
+    assert "base_model" not in matter  # a local folder is nothing that the Hub could link
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"model_name_or_path": "mistralai/Mistral-7B-v0.1"}))
+    (folder / "adapter_config.json").write_text("{}")
+    matter = yaml.safe_load(card(folder).split("---\n")[1])
+    assert matter["base_model"] == "mistralai/Mistral-7B-v0.1" and matter["library_name"] == "peft"
+
+
+def test_nothing_of_the_machine_is_in_it(folder, tmp_path):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe |= {"hub_token": "secret-word", "run_name": "hf_" + "a1B2" * 9, "deepspeed": "~/configs/zero3.json"}
+    recipe["datasets"][0]["data_files"] = ["/mnt/private/rows.jsonl", "C:\\private\\rows.csv"]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = card(folder)
+    for private in (
+        str(tmp_path),
+        "secret-word",
+        "hub_token",
+        "a1B2a1B2",
+        "/mnt",
+        "private",
+        "~/",
+        socket.gethostname(),
+    ):
+        assert private not in text
+    for public in ("`start`", "rows.jsonl", "rows.csv", "zero3.json", "output_dir: my-run"):
+        assert public in text
+
+
+def test_plots_are_linked_relatively_in_a_fixed_order(folder):
+    (folder / "plots" / "rewards.png").unlink()
+    links = re.findall(r"!\[.*?\]\((.*?)\)", card(folder))
+    assert links == ["plots/loss.png", "plots/margins.png", "plots/accuracies.png"]
+    assert all((folder / link).is_file() for link in links)
+
+
+def test_the_card_of_a_supervised_run_has_what_there_is(tmp_path):
+    recipe = {"model_name_or_path": "mistralai/Mistral-7B-v0.1", "output_dir": "x", "datasets": [{"path": "a/b"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"conversations_per_update": 8}))
+    records = [{"step": 5, "epoch": 0.5, "loss": 1.25}, {"step": 10, "epoch": 1.0, "eval_loss": 1.125}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = card(tmp_path, world_size=1)
+    assert "| Training Loss | Epoch | Step | Validation Loss |\n| --: | --: | --: | --: |\n" in text
+    assert "| 1.2500 | 1.0000 | 10 | 1.1250 |\n" in text
+    assert "Conversations per update: 8 per device × 1 accumulated × 1 process = 8.\n" in text
+    assert "after supervised fine-tuning on [a/b](https://huggingface.co/datasets/a/b)" in text
+    assert "| trainable_parameters | `all` |\n" in text
+    for absent in ("margin", "selection", "Behaviour", "None"):
+        assert absent not in text
+
+
+def test_no_markdown_is_left_open(folder):
+    """Every table row has as many cells as its header, and no two blank lines or template marks remain."""
+    text = card(folder, world_size=2)
+    assert "\n\n\n" not in text and "{{" not in text and "{%" not in text and text.count("```") == 2
+    cells = [line.count("|") if line.startswith("|") else 0 for line in text.splitlines()]
+    assert sum(cells) > 100
+    for above, below in zip(cells, cells[1:], strict=False):
+        assert 0 in (above, below) or above == below
+
+
+def test_tables_escape_what_would_break_them():
+    assert markdown_table((["Value", "n"], [["a|b", "1"]])) == "| Value | n |\n| :-- | --: |\n| a\\|b | 1 |"
+
+
+def test_a_run_without_evaluations_has_an_empty_training_table():
+    assert training_table([{"step": 1, "epoch": 0.1, "loss": 2.0}])[1] == []
+
+
+def test_what_the_card_knows_is_what_the_project_has():
+    assert set(SOURCES) == set(PRESETS)
+    assert set(FORMULAS) == set(get_args(Link))
+    assert set(SETTINGS) <= {*MODEL, *TRAINING, *get_type_hints(PreferenceRecipe)}
