@@ -225,7 +225,7 @@ def _problems(error: pydantic.ValidationError, document: Document, hints: dict[s
             problem = "is missing"
         else:
             wants = " or ".join(dict.fromkeys(_wanted(item) for item in items))
-            problem = f"must be {wants}, not {show(items[0]['input'])}{_nearest_value(items)}"
+            problem = f"must {wants.replace(' or be ', ' or ')}, not {show(items[0]['input'])}{_nearest_value(items)}"
         problems.append((document.place(keys), f"{dotted(keys)}: {problem}"))
     return problems
 
@@ -241,17 +241,15 @@ def _keys_of(item: dict[str, Any], values: Any) -> Keys:
 
 
 def _wanted(item: dict[str, Any]) -> str:
-    words = item["msg"].removeprefix("Input should be ").split(" after validation")[0]
-    plain = {
-        "a valid integer": "an integer",
-        "a valid number": "a number",
-        "a valid string": "a string",
-        "a valid boolean": "true or false",
-        "a valid array": "a list",
-        "a valid list": "a list",
+    """What pydantic asks for, as it goes on after "must"."""
+    words = item["msg"].split(" after validation")[0].split(" should ")[1]
+    for theirs, plain in {
+        "valid integer": "integer",
         "an object": "a mapping",
-    }
-    return plain.get(words, words[0].lower() + words[1:])
+        "a valid boolean": "true or false",
+    }.items():
+        words = words.replace(theirs, plain)
+    return words.replace("a integer", "an integer").replace("valid array", "list").replace("a valid", "a")
 
 
 def _nearest_value(items: list[dict[str, Any]]) -> str:
@@ -266,16 +264,14 @@ def _nearest_key(keys: Keys, hints: dict[str, Any]) -> str:
             level = typing.get_type_hints(_section(level[part]))
     if len(keys) == 1 and word in RENAMED:
         return f"; did you mean {RENAMED[word]}?"
-    if near := did_you_mean(word, level):
-        return near
     elsewhere = [path for path in _all_keys(hints) if path.split(".")[-1] == word.split(".")[-1]]
     if elsewhere:
         where = ", a key within a section" if "." in elsewhere[0] else ", at the top level"
         return f"; did you mean {' or '.join(elsewhere)}{where}?"
-    if len(keys) > 1:
-        return f"; known here: {', '.join(level)}"
-    others = [name for name in SECTIONS if word in KINDS[name][0] or word in typing.get_type_hints(SECTIONS[name])]
-    return f"; it is a key of recipes/{others[0]}.py" if others else ""
+    others = [name for name in SECTIONS if word in _hints(name)]
+    if others and len(keys) == 1:
+        return f"; it is a key of recipes/{others[0]}.py"
+    return did_you_mean(word, level) or (f"; known here: {', '.join(level)}" if len(keys) > 1 else "")
 
 
 def _all_keys(hints: dict[str, Any], above: str = "") -> list[str]:

@@ -47,8 +47,7 @@ def read(argv: list[str]) -> Document:
             raise RecipeError(f"command line: --{key} is given twice; keep one")
     arguments = dict(pairs)
     if "config" not in arguments:
-        hint = f"; did you mean --config {argv[0]}?" if argv and not argv[0].startswith("--") else ""
-        raise RecipeError(f"command line: --config RECIPE.yaml is missing{hint}")
+        raise RecipeError("command line: --config RECIPE.yaml is missing")
     path = arguments.pop("config")
     values, places = load(_text(Path(path)), path)
     if not isinstance(values, dict):
@@ -141,6 +140,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True  # people copy recipes: a list that stands twice is written twice
 
+    def represent_text(self, data: str) -> yaml.Node:
+        # PyYAML writes these plain, and then reads them as line breaks.
+        breaks = set("\x85\u2028\u2029\ufeff") & set(data)
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
 
 FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _kind, _pattern, _first in [
@@ -165,7 +172,8 @@ def _pairs(argv: list[str]) -> Iterable[tuple[str, str]]:
     rest = iter(argv)
     for argument in rest:
         if not argument.startswith("--") or argument == "--":
-            raise RecipeError(f"command line: {argument!r} belongs to no key; write --key value")
+            hint = f"--config {argument}" if argument.endswith((".yaml", ".yml")) else "--key value"
+            raise RecipeError(f"command line: {argument!r} belongs to no key; write {hint}")
         key, equals, value = argument[2:].partition("=")
         if not equals:
             value = next(rest, None)

@@ -1,0 +1,644 @@
+"""The strict parser: what is refused and in which words, what is resolved, and that a saved recipe is the same run."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+import trl_keys
+from combinations import MARGIN_SETTINGS
+from errors import RecipeError
+from parsing import SECTIONS, _hints, _schema, parse, resolve, save_recipe, usage
+from reading import dump, load
+
+ROOT = Path(__file__).parents[1]
+DPO = """\
+model_name_or_path: tiny
+output_dir: runs/out
+bf16: false
+use_cpu: true
+per_device_train_batch_size: 4
+datasets:
+  - path: task.jsonl
+    columns: {prompt: p, responses: [r0, r1], better: b, safe: [s0, s1], scores: [x0, x1]}
+  - path: buffer.jsonl
+    role: buffer
+    columns:
+      chosen: c
+      rejected: r
+      chosen_safe: true
+      rejected_safe: true
+      score_chosen: x
+      score_rejected: y
+margin:
+  preset: bfpo
+"""
+SFT = """\
+model_name_or_path: tiny
+output_dir: runs/out
+bf16: false
+use_cpu: true
+datasets:
+  - path: chats.jsonl
+    columns: {conversation: messages}
+"""
+NO_BUFFER = DPO.replace("    role: buffer\n", "")
+NO_SCORES = DPO.replace(", scores: [x0, x1]", "")
+NO_SAFETY = DPO.replace(", safe: [s0, s1]", "")
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str, name: str = "my.yaml") -> str:
+        (tmp_path / name).write_text(text)
+        return str(tmp_path / name)
+
+    return write
+
+
+def refusal(kind: str, argv: list[str]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        resolve(kind, argv, world_size=1)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# (overrides on the recipe DPO, words that the one line must hold)
+UNKNOWN_KEYS = [
+    ("--learning_rat 1", "learning_rat: unknown key; did you mean learning_rate?"),
+    ("--margin.prest dpo", "margin.prest: unknown key; did you mean preset?"),
+    ("--selection.hygeine.ties drop", "selection.hygeine: unknown key; did you mean hygiene?"),
+    ("--selection.hygiene.tie drop", "selection.hygiene.tie: unknown key; did you mean ties?"),
+    ("--selection.replay.wait 1", "selection.replay.wait: unknown key"),
+    ("--datasets.0.pth x", "datasets.0.pth: unknown key; did you mean path?"),
+    ("--datasets.1.columns.choosen x", "datasets.1.columns.choosen: unknown key; did you mean chosen?"),
+    ("--datasets.1.columns.turns.usr x", "datasets.1.columns.turns.usr: unknown key; did you mean user?"),
+    ("--datasets.1.columns.messages.rol x", "columns.messages.rol: unknown key; did you mean role?"),
+    ("--link soft", "link: unknown key; did you mean margin.link"),
+    ("--labels safer", "labels: unknown key; did you mean selection.labels"),
+    ("--margin.beta 1", "margin.beta: unknown key; did you mean beta, at the top level?"),
+    ("--lr 1", "did you mean learning_rate?"),
+    ("--dataset_name x", "did you mean datasets"),
+    ("--warmup_ratio 0.1", "did you mean warmup_steps"),
+    ("--generate_during_eval true", "generate_during_eval: unknown key"),
+    ("--conversations_per_update 3", "conversations_per_update: unknown key"),
+    ("--shuffle_dataset true", "it is a key of recipes/sft.py"),
+]
+WRONG_TYPES = [
+    ("--per_device_train_batch_size true", "per_device_train_batch_size: must be an integer, not true"),
+    ("--per_device_train_batch_size 2.0", "must be an integer, not 2.0"),
+    ("--learning_rate [1.0e-6]", "learning_rate: must be a number, not [1e-06]"),
+    ("--learning_rate true", "learning_rate: must be a number, not true"),
+    ("--learning_rate 1e-6x", 'learning_rate: must be a number, not "1e-6x"'),
+    ("--max_length 1_024", 'max_length: must be an integer, not "1_024"'),
+    ("--bf16 1", "bf16: must be true or false, not 1"),
+    ("--bf16 yes", 'bf16: must be true or false, not "yes"'),
+    ("--prefix_sharing no", "prefix_sharing: must be true or false"),
+    ("--output_dir 3", "output_dir: must be a string, not 3"),
+    ("--output_dir null", "output_dir: must be a string, not null"),
+    ("--margin 3", "margin: must be a mapping, not 3"),
+    ("--margin.a x", "margin.a: must be a number"),
+    ("--datasets 3", "datasets: must be a list, not 3"),
+    ("--datasets.0 x.jsonl", "datasets.0: must be a mapping"),
+    ("--datasets.0.data_files [a,1]", "datasets.0.data_files.1: must be a string, not 1"),
+    ("--datasets.0.data_files 1", "datasets.0.data_files: must be a string or a list, not 1"),
+    ("--datasets.0.columns.safe [a]", "datasets.0.columns.safe: must have at least 2 items, not"),
+    ("--datasets.0.columns.chosen_safe 1", "must be a string or true or false, not 1"),
+    ("--trainable_parameters down_proj", "trainable_parameters: must be a list"),
+    ("--selection.quotas.limits 3", "selection.quotas.limits: must be a mapping"),
+    ("--margin.preset bfpo2", "margin.preset: must be", "did you mean bfpo"),
+    ("--margin.link sqared", "margin.link: must be", "did you mean squared?"),
+    ("--selection.hygiene.ties kep", "selection.hygiene.ties: must be", "did you mean keep?"),
+    ("--selection.labels safe", "selection.labels: must be", "did you mean safer?"),
+    ("--datasets.1.role bufer", "datasets.1.role: must be 'task' or 'buffer', not \"bufer\"; did you mean buffer?"),
+    ("--lr_scheduler_type cosin", "lr_scheduler_type: must be", "did you mean cosine?"),
+    ("--save_strategy never", "save_strategy: must be 'no', 'steps', 'epoch' or 'best'"),
+    ("--optim galore_adamw", "optim: must be"),
+    ("--dtype fp32", "dtype: must be"),
+    ("--report_to wandbb", "report_to: must be", "did you mean wandb?"),
+    ("--truncation_mode keep_end", "truncation_mode: must be 'keep_start'"),
+]
+OUT_OF_RANGE = [
+    ("--learning_rate 0", "learning_rate: must be greater than 0, not 0"),
+    ("--learning_rate -1e-6", "learning_rate: must be greater than 0, not -1e-06"),
+    ("--learning_rate .nan", "learning_rate: must be a finite number"),
+    ("--learning_rate .inf", "learning_rate: must be a finite number"),
+    ("--beta 0", "beta: must be greater than 0"),
+    ("--num_train_epochs -1", "num_train_epochs: must be greater than 0"),
+    ("--max_steps 0", "max_steps: must be -1 or greater than or equal to 1"),
+    ("--warmup_steps -0.1", "warmup_steps: must be"),
+    ("--warmup_steps 1.5", "warmup_steps: must be less than 1 or an integer"),
+    ("--per_device_train_batch_size 0", "per_device_train_batch_size: must be greater than or equal to 1"),
+    ("--gradient_accumulation_steps 0", "gradient_accumulation_steps: must be"),
+    ("--pairs_per_update 0", "pairs_per_update: must be"),
+    ("--max_length 1", "max_length: must be greater than or equal to 2"),
+    ("--adam_beta2 1", "adam_beta2: must be less than 1"),
+    ("--weight_decay -1", "weight_decay: must be"),
+    ("--seed -1", "seed: must be"),
+    ("--save_total_limit 0", "save_total_limit: must be"),
+    ("--lora_r 0", "lora_r: must be"),
+    ("--lora_dropout 1", "lora_dropout: must be"),
+    ("--margin.epsilon 0.5", "margin.epsilon: must be less than 0.5"),
+    ("--margin.epsilon -0.1", "margin.epsilon: must be"),
+    ("--margin.a .inf", "margin.a: must be a finite number"),
+    ("--datasets.0.fraction 0", "datasets.0.fraction: must be greater than 0"),
+    ("--datasets.0.fraction 1.1", "datasets.0.fraction: must be less than or equal to 1"),
+    ("--datasets.0.columns.chosen_severity 4", "chosen_severity: must be a string or less than or equal to 3"),
+    ("--datasets []", "datasets: is empty"),
+    ("--trainable_parameters []", "trainable_parameters: must have at least 1 item"),
+    ("--selection.hygiene.max_similarity 1.5", "max_similarity: must be less than or equal to 1"),
+    ("--selection.hygiene.max_length_ratio 0.5", "max_length_ratio: must be"),
+    ("--selection.hygiene.min_characters -1", "min_characters: must be"),
+    ("--selection.score {signal: score_gap, keep: 0}", "selection.score.keep: must be greater than 0"),
+    ("--selection.score {signal: score_gap, keep: 1.5}", "selection.score.keep: must be less"),
+    ("--selection.score {signal: score_gap, band: [0.5]}", "selection.score.band: must have at least 2"),
+    ("--selection.score {signal: score_gap, band: [0.6, 0.5]}", "selection.score.band: [0.6, 0.5] must rise"),
+    ("--selection.score {signal: score_gap, band: [0.5, 1.5]}", "selection.score.band: [0.5, 1.5] must rise"),
+    ("--selection.quotas {by: source, limits: {x: -1}}", "selection.quotas.limits.x: must be"),
+    ("--selection.quotas {by: source, limits: {x: 1.5}}", "selection.quotas.limits.x: must be"),
+    ("--selection.replay.task 0", "selection.replay.task: must be"),
+    ("--selection.replay.buffer -1", "selection.replay.buffer: must be"),
+    ("--selection.replay.weight -1", "selection.replay.weight: must be"),
+]
+COMBINATIONS = [
+    (DPO, "--bf16 true --fp16 true", "bf16: fp16 is true as well"),
+    (DPO, "--eval_strategy steps", "eval_strategy: there is nothing to evaluate on; give eval_datasets"),
+    (DPO, "--load_best_model_at_end true", "load_best_model_at_end: there is nothing to evaluate on"),
+    (DPO, "--lora_r 8", "lora_r: has no effect without use_peft: true"),
+    (
+        DPO,
+        "--use_peft true --trainable_parameters [down_proj] --lora_target_modules [q_proj]",
+        "lora_target_modules: differs from trainable_parameters",
+    ),
+    (DPO, "--margin.reference_free true --precompute_ref_log_probs true", "precompute_ref_log_probs: margin.refer"),
+    (DPO, "--reference_cache x --precompute_ref_log_probs false", "reference_cache: nothing is cached"),
+    (DPO, "--per_device_train_batch_size 3", "3 pairs cannot be split 1 task to 1 buffer", "a multiple of 2"),
+    (DPO, "--selection.replay.task 2", "4 pairs cannot be split 2 task to 1 buffer", "a multiple of 3"),
+    (DPO, "--datasets.0.role buffer", "datasets: all entries are buffer"),
+    (NO_BUFFER, "--selection.replay.weight 2", "selection.replay: no entry of datasets has role: buffer"),
+    (DPO, "--margin.p 2", "margin.p: 2.0 is read by link signed, and the link is squared"),
+    (DPO, "--margin.epsilon 0.1", "margin.epsilon: 0.1 is read by link soft"),
+    (DPO, "--margin.link signed --margin.scaled true", "margin.scaled: true is read by link squared"),
+    (DPO, "--margin.preset bfpo_signed --margin.link soft", "margin.p: -1.0 (from preset bfpo_signed) is read by"),
+    (DPO, "--margin.phi log", "margin.phi: has no effect while k are 0"),
+    (DPO, "--margin.preset dpo --margin.indicator severity", "margin.indicator: has no effect while a and b are 0"),
+    (NO_SCORES, "--margin.preset odpo", "line 8: datasets.0.columns: margin.k = 1 (from preset odpo) needs scores"),
+    (NO_SAFETY, "", "datasets.0.columns: margin.a and margin.b (from preset bfpo) need safety labels; map safe"),
+    (
+        NO_SAFETY,
+        "--margin.preset dpo --selection.labels safe_first",
+        "datasets.0.columns: selection.labels: safe_first needs safety labels",
+    ),
+    (DPO, "--selection.score {signal: score_gap}", "selection.score: give either keep or band"),
+    (DPO, "--selection.score {signal: score_gap, keep: 0.5, band: [0, 1]}", "selection.score: give either"),
+    (
+        DPO,
+        "--selection.quotas {by: pair_class, limits: {safe/unsave: 3}}",
+        "selection.quotas.limits.safe/unsave: no such pair class; did you mean safe/unsafe?",
+    ),
+    (DPO, "--pairs_per_update 6", "pairs_per_update: 6 is not a multiple of per_device_train_batch_size 4 x 1"),
+    (DPO, "--pairs_per_update 2", "pairs_per_update: 2 is not a multiple"),
+    (
+        DPO,
+        "--pairs_per_update 32 --gradient_accumulation_steps 4",
+        "gradient_accumulation_steps: 4, but pairs_per_update 32 = 4 per device x 8 x 1 processes",
+    ),
+    (DPO, "--num_processes 2", "num_processes: 2, but the launcher started 1", "--num_processes 2"),
+]
+COMMAND_LINES = [
+    (["--config"], "--config has no value"),
+    (["--beta", "1"], "--config RECIPE.yaml is missing"),
+    (["my.yaml"], "write --config my.yaml"),
+    (["--config", "FILE", "--beta"], "--beta has no value"),
+    (["--config", "FILE", "--bf16", "--fp16"], "--bf16 has no value"),
+    (["--config", "FILE", "beta=1"], "'beta=1' belongs to no key"),
+    (["--config", "FILE", "-b", "1"], "'-b' belongs to no key"),
+    (["--config", "FILE", "--beta", "1", "--beta=2"], "--beta is given twice"),
+    (["--config", "FILE", "--config", "FILE"], "--config is given twice"),
+    (["--config", "FILE", "--save_strategy", "[no"], "--save_strategy line 1: not valid YAML"),
+    (["--config", "FILE", "--datasets.2.path", "x"], "datasets has 2 entries, numbered from 0; no '2'"),
+    (["--config", "FILE", "--datasets.x.path", "x"], "datasets has 2 entries, numbered from 0; no 'x'"),
+    (["--config", "FILE", "--output_dir.x", "x"], 'output_dir is "runs/out", which has no keys'),
+]
+FILES = [
+    ("", "expected `key: value` lines, found nothing"),
+    ("# only a comment\n", "found nothing"),
+    ("- a\n- b\n", 'found ["a", "b"]'),
+    ("beta\n", 'found "beta"'),
+    ("a: [1\n", "line 2: not valid YAML"),
+    ("a: 1\n\tb: 2\n", "line 2: not valid YAML"),
+    ("a: b: c\n", "line 1: not valid YAML"),
+    (f"{DPO}beta: 0.1\nseed: 1\nbeta: 0.2\n", "line 22: beta is given twice, first in", "line 20"),
+    (f"{DPO}  a: 1\n  a: 2\n", "line 21: margin.a is given twice"),
+    (DPO.replace("role: buffer", "path: other"), "line 10: datasets.1.path is given twice"),
+    (
+        DPO.replace("    role", "    columns: {row_id: [x, {y: 1, y: 2}]}\n    role"),
+        "datasets.1.columns.row_id.1.y is",
+    ),
+    ("1: a\n", "line 1: the key 1 is not a string"),
+    ("a: !!python/object:os.system x\n", "line 1: a: the tag"),
+    ("a: !!int x\n", "line 1: a: 'x' is not a int"),
+    ("a: &x [*x]\n", "within the value that it names"),
+    (DPO.replace("output_dir: runs/out\n", ""), "output_dir: is missing"),
+    (DPO.replace("model_name_or_path: tiny\n", ""), "model_name_or_path: is missing"),
+    (DPO.replace("  - path: task.jsonl\n    columns", "  - columns"), "datasets.0.path: is missing"),
+    (DPO.replace("preset: bfpo", "preset: bfpo\n  lnk: soft"), "my.yaml line 20: margin.lnk: unknown key"),
+    ("model_name_or_path: tiny\noutput_dir: x\ndataset_name: y\n", "did you mean datasets", "datasets: is missing"),
+]
+
+
+def with_overrides(path: str, overrides: str) -> list[str]:
+    """`--a 1 --b [x, y]` as the shell would pass it with the values quoted."""
+    return ["--config", path, *(part.strip() for part in re.split(r"(--\S+) ", overrides) if part.strip())]
+
+
+@pytest.mark.parametrize(
+    ("overrides", *["words"]), [(row[0], row[1:]) for row in UNKNOWN_KEYS + WRONG_TYPES + OUT_OF_RANGE]
+)
+def test_bad_values(write, overrides, words):
+    message = refusal("dpo", with_overrides(write(DPO), overrides))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("text", "overrides", "words"), [(row[0], row[1], row[2:]) for row in COMBINATIONS])
+def test_bad_combinations(write, text, overrides, words):
+    message = refusal("dpo", with_overrides(write(text), overrides))
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(("argv", "words"), COMMAND_LINES)
+def test_bad_command_lines(write, argv, words):
+    path = write(DPO)
+    assert words in refusal("dpo", [path if part == "FILE" else part for part in argv])
+
+
+@pytest.mark.parametrize(("text", "words"), [(row[0], row[1:]) for row in FILES])
+def test_bad_files(write, text, words):
+    message = refusal("dpo", ["--config", write(text)])
+    for word in words:
+        assert word in message
+
+
+def test_unreadable_files(write, tmp_path):
+    write(DPO, "align.yaml")
+    assert "no such recipe; did you mean align.yaml?" in refusal("dpo", ["--config", str(tmp_path / "alin.yaml")])
+    assert "cannot be read: Is a directory" in refusal("dpo", ["--config", str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9t\xe9\n")
+    assert "not UTF-8 text (byte 3)" in refusal("dpo", ["--config", str(tmp_path / "latin.yaml")])
+
+
+def test_every_problem_is_named_at_once_with_its_line(write):
+    path = write(DPO + "  lnk: soft\nbeta: -1\nloss_type: ipo\n")
+    message = refusal("dpo", ["--config", path])
+    assert f"{path} line 20: margin.lnk: unknown key" in message
+    assert f"{path} line 21: beta: must be greater than 0" in message
+    assert f"{path} line 22: loss_type: the loss is chosen by margin.preset or margin.link" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "overrides", "words"),
+    [
+        ("sft", SFT, "--datasets.0.role buffer", "datasets.0.role: an SFT stage replays nothing"),
+        ("sft", SFT, "--packing true", "packing: conversations would see each other"),
+        ("sft", SFT, "--padding_free true", "padding_free: conversations would see each other"),
+        ("sft", SFT, "--margin.preset dpo", "margin: unknown key; it is a key of recipes/dpo.py"),
+        ("sft", SFT, "--beta 1", "beta: unknown key; it is a key of recipes/dpo.py"),
+        ("sft", SFT, "--eos_token x", "eos_token: the tokenizer has it"),
+        ("sft", SFT, "--conversations_per_update 12", "12 is not a multiple of per_device_train_batch_size 8 x 1"),
+        ("evaluate", DPO.replace("datasets:", "eval_datasets:"), "", "nothing to evaluate; give datasets, or prompts"),
+        ("evaluate", DPO, "--max_new_tokens 0", "max_new_tokens: must be greater than or equal to 1"),
+        ("dpo", DPO, "--prompts x.txt", "prompts: unknown key; it is a key of recipes/evaluate.py"),
+    ],
+)
+def test_other_scripts(write, kind, text, overrides, words):
+    assert words in refusal(kind, with_overrides(write(text), overrides))
+
+
+@pytest.mark.parametrize("kind", ["dpo", "sft"])
+def test_refused_keys_are_refused_unless_they_are_off(write, kind):
+    path = write(DPO if kind == "dpo" else SFT)
+    for key, reason in trl_keys.KINDS[kind][1].items():
+        assert f"{key}: {reason}" in refusal(kind, ["--config", path, f"--{key}", "x"])
+        for off in ("false", "null"):
+            resolved = resolve(kind, ["--config", path, f"--{key}", off], world_size=1)
+            assert key not in resolved.training and key not in resolved.values
+
+
+@pytest.mark.parametrize(("kind", "config"), [("dpo", DPOConfig), ("sft", SFTConfig), ("evaluate", DPOConfig)])
+def test_every_field_of_trl_is_accepted_or_refused(kind, config):
+    accepted, refused = trl_keys.KINDS[kind]
+    own = {entry.name for entry in dataclasses.fields(SECTIONS[kind])}
+    theirs = {entry.name for entry in dataclasses.fields(config)} | {e.name for e in dataclasses.fields(ModelConfig)}
+    assert set(accepted) | set(refused) | (own & theirs) == theirs | {"pad_token"} & theirs
+    assert not set(accepted) & set(refused)
+    # Where we know a key by the same name, it is ours: it does not reach TRL.
+    assert (
+        own & theirs
+        == {"dpo": {"pad_token"}, "evaluate": {"pad_token"}, "sft": {"pad_token", "chat_template_path"}}[kind]
+    )
+
+
+def default_of(entry: dataclasses.Field):
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+
+
+@pytest.mark.parametrize(("kind", "config"), [("dpo", DPOConfig), ("sft", SFTConfig)])
+def test_the_tables_agree_with_trl_on_defaults(kind, config):
+    accepted = trl_keys.KINDS[kind][0]
+    defaults = {e.name: default_of(e) for e in (*dataclasses.fields(config), *dataclasses.fields(ModelConfig))}
+    for key, value in trl_keys.DEFAULTS.items():
+        if key in accepted:
+            assert defaults[key] == value, key
+    required = {"model_name_or_path": "m", "output_dir": "o", "datasets": [{"path": "x"}]}
+    ours = {key: getattr(value, "value", value) for key, value in defaults.items() if key in accepted}
+    ours = {key: None if value is dataclasses.MISSING else value for key, value in ours.items()}
+    _schema(kind).model_validate_json(json.dumps(ours | required))
+
+
+def test_the_tables_agree_with_transformers_on_choices():
+    def choices(key: str) -> set[str]:
+        return set(typing.get_args(trl_keys.TRAINING[key]))
+
+    assert choices("lr_scheduler_type") == {entry.value for entry in SchedulerType}
+    assert choices("eval_strategy") == choices("logging_strategy") == {entry.value for entry in IntervalStrategy}
+    assert choices("save_strategy") == {entry.value for entry in SaveStrategy}
+    assert choices("optim") < {entry.value for entry in OptimizerNames}
+
+
+def test_values_are_read_as_yaml_1_2(write):
+    """PyYAML alone reads 5e-7 as a string, no as false, 010 as 8 and 1:30 as 90."""
+    values, places = load(
+        "a: 5e-7\nb: no\nc: 010\nd: 1:30\ne: 2024-01-01\nf: ~\ng: True\nh: -1\ni: 1.\nj: {k: [.5]}\n", "x"
+    )
+    assert values == {
+        "a": 5e-7, "b": "no", "c": 10, "d": "1:30", "e": "2024-01-01", "f": None, "g": True, "h": -1, "i": 1.0,
+        "j": {"k": [0.5]},
+    }  # fmt: skip
+    assert places["h",] == "x line 8" and places["j", "k", 0] == "x line 10"
+    resolved = resolve("dpo", ["--config", write(DPO + "save_strategy: no\nlearning_rate: 5e-7\n")], world_size=1)
+    assert resolved.training["save_strategy"] == "no" and resolved.training["learning_rate"] == 5e-7
+
+
+def test_overrides(write):
+    argv = ["--config=" + write(DPO), "--beta=0.2", "--margin.c", "-0.25", "--datasets.1.path", "other.jsonl"]
+    argv += ["--selection.score", "{signal: length_ratio, keep: 0.5}", "--system_message", "", "--max_length", "null"]
+    argv += ["--selection.hygiene.ties", "keep", "--trainable_parameters", "[down_proj]", "--learning_rate", "5e-7"]
+    resolved = resolve("dpo", argv, world_size=1)
+    recipe = resolved.recipe
+    assert (resolved.training["beta"], recipe.margin.c, recipe.datasets[1].path) == (0.2, -0.25, "other.jsonl")
+    assert (recipe.selection.score.signal, recipe.selection.score.keep) == ("length_ratio", 0.5)
+    assert (recipe.system_message, resolved.training["max_length"]) == ("", None)
+    assert recipe.selection.hygiene.ties == "keep" and recipe.selection.hygiene.identical == "drop"
+    assert recipe.trainable_parameters == ["down_proj"] and resolved.training["learning_rate"] == 5e-7
+    assert recipe.datasets[0].columns.responses == ["r0", "r1"]
+
+
+# ------------------------------------------------------------------------------------------------------------ presets
+
+NEUTRAL = {
+    "a": 0, "b": 0, "k": 0, "c": 0, "phi": "identity", "link": "logistic", "scaled": False, "p": 1, "epsilon": 0.01,
+    "length_normalized": False, "reference_free": False,
+}  # fmt: skip
+# The numbers of the papers, written out once more: margin, beta, learning rate (None: TRL's), label policy.
+EXPANDED = {
+    "dpo": ({}, 0.1, None, "helpful"),
+    "odpo": ({"k": 1, "phi": "log"}, 0.1, None, "helpful"),
+    "safedpo": ({"a": 10, "b": 10}, 0.1, 1e-6, "safedpo_t"),
+    "simpo": ({"c": 1.6, "length_normalized": True, "reference_free": True}, 2.0, None, "helpful"),
+    "ipo": ({"c": 0.5, "link": "squared"}, 0.1, None, "helpful"),
+    "bfpo": ({"a": 1.5, "b": 0.5, "c": -0.5, "link": "squared"}, 0.01, None, "helpful"),
+    "bfpo_noshift": ({"a": 1.5, "b": 0.5, "link": "squared"}, 0.01, None, "helpful"),
+    "bfpo_signed": ({"a": 1.5, "b": 0.5, "c": -0.5, "link": "signed", "p": -1}, 0.01, None, "helpful"),
+    "bfpo_soft": ({"a": 1.5, "b": 0.5, "c": -0.5, "link": "soft"}, 0.01, None, "helpful"),
+}
+
+
+@pytest.mark.parametrize("preset", EXPANDED)
+def test_presets_become_numbers(write, preset):
+    margin, beta, learning_rate, labels = EXPANDED[preset]
+    resolved = resolve("dpo", ["--config", write(DPO), "--margin.preset", preset], world_size=1)
+    assert {key: getattr(resolved.recipe.margin, key) for key in MARGIN_SETTINGS} == NEUTRAL | margin
+    assert resolved.training["beta"] == beta and resolved.training.get("learning_rate") == learning_rate
+    assert resolved.recipe.selection.labels == labels
+    assert resolved.training["precompute_ref_log_probs"] == (preset != "simpo")
+    assert {key: resolved.values["margin"][key] for key in NEUTRAL} == NEUTRAL | margin
+    assert resolved.values["beta"] == beta and resolved.values["selection"]["labels"] == labels
+    (line,) = [line for line in resolved.announcements if line.startswith(f"margin preset {preset}: ")]
+    for word in (f"link={resolved.recipe.margin.link}", f"beta={beta}", f"c={resolved.recipe.margin.c}"):
+        assert word in line
+
+
+def test_the_tests_know_every_preset():
+    assert set(EXPANDED) == set(typing.get_args(typing.get_args(_hints("dpo")["margin"].__annotations__["preset"])[0]))
+
+
+def test_keys_of_the_recipe_come_before_the_preset(write):
+    argv = ["--config", write(DPO), "--margin.preset", "safedpo", "--margin.a", "5", "--beta", "0.3"]
+    argv += ["--learning_rate", "1e-5", "--selection.labels", "helpful"]
+    resolved = resolve("dpo", argv, world_size=1)
+    margin = resolved.recipe.margin
+    assert (margin.a, margin.b, resolved.training["beta"], resolved.training["learning_rate"]) == (5, 10, 0.3, 1e-5)
+    assert resolved.recipe.selection.labels == "helpful"
+    for line in (
+        "margin.a 5 is the recipe's own; preset safedpo has 10.0",
+        "beta 0.3 is the recipe's own; preset safedpo has 0.1",
+        "learning_rate 1e-05 is the recipe's own; preset safedpo has 1e-06",
+        "selection.labels helpful is the recipe's own; preset safedpo has safedpo_t",
+    ):
+        assert line in resolved.announcements, (line, resolved.announcements)
+
+
+def test_no_margin_is_plain_dpo_and_says_so(write):
+    resolved = resolve("dpo", ["--config", write(DPO.replace("margin:\n  preset: bfpo\n", ""))], world_size=1)
+    assert resolved.recipe.margin.preset == "dpo" and resolved.training["beta"] == 0.1
+    assert "margin: not given, so plain DPO" in resolved.announcements
+
+
+def test_numbers_without_a_preset_stay_as_they_are(write):
+    text = DPO.replace("preset: bfpo", "link: hinge\n  c: 0.25")
+    margin = resolve("dpo", ["--config", write(text)], world_size=1).recipe.margin
+    assert margin.preset is None
+    assert {key: getattr(margin, key) for key in MARGIN_SETTINGS} == NEUTRAL | {"link": "hinge", "c": 0.25}
+
+
+# ------------------------------------------------------------------------------------------- batch, seeds, reference
+
+
+def test_accumulation_follows_the_number_of_processes(write):
+    """32 pairs = 4 per device x 8 x 1 = 4 x 4 x 2 = 4 x 1 x 8; the saved recipe holds on all of them."""
+    argv = ["--config", write(DPO), "--pairs_per_update", "32"]
+    for processes, steps in ((1, 8), (2, 4), (8, 1)):
+        resolved = resolve("dpo", argv, world_size=processes)
+        assert resolved.training["gradient_accumulation_steps"] == steps
+        assert "gradient_accumulation_steps" not in resolved.values and resolved.values["pairs_per_update"] == 32
+    assert "4 x 3 processes = 12" in str(pytest.raises(RecipeError, resolve, "dpo", argv, 3).value)
+    resolve("dpo", [*argv, "--gradient_accumulation_steps", "4", "--num_processes", "2"], world_size=2)
+
+
+def test_world_size_comes_from_the_launcher(write, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    resolved = resolve("dpo", ["--config", write(DPO), "--pairs_per_update", "32", "--num_processes", "2"])
+    assert resolved.training["gradient_accumulation_steps"] == 4
+
+
+def test_seed_and_reference_pass(write):
+    path = write(DPO)
+    assert resolve("dpo", ["--config", path], 1).recipe.selection.seed == 42
+    assert resolve("dpo", ["--config", path, "--seed", "7"], 1).recipe.selection.seed == 7
+    assert resolve("dpo", ["--config", path, "--seed", "7", "--selection.seed", "3"], 1).recipe.selection.seed == 3
+    assert resolve("dpo", ["--config", path], 1).training["precompute_ref_log_probs"] is True
+    assert resolve("dpo", ["--config", path, "--use_peft", "true"], 1).training["precompute_ref_log_probs"] is False
+
+
+# ----------------------------------------------------------------------------------------------- TRL's objects, saving
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "overrides"),
+    [
+        ("dpo", DPO, ""),
+        ("dpo", DPO, "--margin.preset safedpo --margin.a 5 --pairs_per_update 16 --learning_rate 5e-7"),
+        ("dpo", DPO, "--margin.preset simpo --save_strategy no --report_to [none] --max_length null"),
+        ("dpo", DPO, "--use_peft true --lora_r 4 --trainable_parameters [down_proj] --system_message on"),
+        ("dpo", NO_BUFFER, "--selection {score: {signal: x, band: [0, 0.5]}, hygiene: {max_similarity: null}}"),
+        (
+            "dpo",
+            DPO,
+            "--margin {link: soft, epsilon: 0.2, a: 1} --selection.quotas {by: source, limits: {x: 0.5, y: 9}}",
+        ),
+        ("dpo", DPO, "--datasets.0.columns.turns {user: 'Human:', assistant: '5e-7'} --lr_scheduler_kwargs {a: 1}"),
+        ("sft", SFT, "--trainable_parameters [down_proj] --conversations_per_update 16 --pad_token <unk>"),
+        ("evaluate", DPO, "--prompts p.txt --max_new_tokens 5 --reference_model ref"),
+    ],
+)
+def test_a_saved_recipe_is_the_same_run(write, tmp_path, kind, text, overrides):
+    first = parse(kind, with_overrides(write(text), overrides))
+    saved = save_recipe(first, tmp_path / "out" / "run")
+    assert [path.name for path in saved.parent.iterdir()] == ["recipe.yaml"]
+    second = parse(kind, ["--config", str(saved)])
+    assert second == first and second.training.to_dict() == first.training.to_dict()
+    assert not any("recipe's own" in line for line in second.announcements if "5" not in line)
+    assert yaml.safe_load(saved.read_text()) == first.values  # any YAML reader, not ours alone
+
+
+def test_what_reaches_trl(write):
+    argv = ["--config", write(DPO), "--pairs_per_update", "32", "--use_peft", "true"]
+    resolved = parse("dpo", [*argv, "--trainable_parameters", "[down_proj]", "--gradient_checkpointing", "false"])
+    assert isinstance(resolved.training, DPOConfig) and isinstance(resolved.model, ModelConfig)
+    assert resolved.training.gradient_accumulation_steps == 8 and resolved.training.beta == 0.01
+    assert resolved.training.gradient_checkpointing is resolved.training.activation_checkpointing is False
+    assert resolved.training.logging_nan_inf_filter is False
+    assert resolved.model.lora_target_modules == ["down_proj"]  # not the string that ModelConfig makes of it
+    assert parse("dpo", ["--config", write(DPO)]).training.gradient_checkpointing is True
+    assert isinstance(parse("sft", ["--config", write(SFT)]).training, SFTConfig)
+
+
+def test_precision_that_the_machine_lacks(write, monkeypatch):
+    monkeypatch.setattr("transformers.utils.is_torch_bf16_gpu_available", lambda: False)
+    monkeypatch.setattr("transformers.utils.is_torch_cuda_available", lambda: False)
+    path = write(DPO.replace("bf16: false\nuse_cpu: true\n", ""))
+    for argv, words in (
+        ([], "bf16: true is TRL's default, and this machine has no GPU for it; set bf16: false"),
+        (["--bf16", "true"], "bf16: true is set, and this machine has no GPU"),
+        (["--fp16", "true"], "fp16: true needs a GPU"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(words)):
+            parse("dpo", ["--config", path, *argv])
+    resolved = parse("dpo", ["--config", path, "--use_cpu", "true"])
+    assert resolved.training.bf16 and any("bf16: true on the CPU" in line for line in resolved.announcements)
+
+
+def test_what_transformers_refuses_is_one_line(write):
+    argv = ["--config", write(DPO), "--load_best_model_at_end", "true", "--eval_strategy", "epoch"]
+    argv += ["--eval_datasets", "[{path: x, columns: {chosen: c, chosen_safe: true}}]"]
+    with pytest.raises(RecipeError, match="save and eval strategy to match") as caught:
+        parse("dpo", argv)
+    assert "\n" not in str(caught.value)
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.text(max_size=5), plain, max_size=4))
+def test_dump_is_read_back_by_every_reader(values):
+    text = dump(values)
+    assert load(text, "x")[0] == values
+    assert yaml.safe_load(text) == values
+
+
+@pytest.mark.parametrize(
+    "word", ["no", "on", "5e-7", "010", "1:30", "2024-01-01", "~", "null", "0x1f", "1_000", "<<", "", "=", ".5"]
+)
+def test_words_that_look_like_something_else_stay_words(word):
+    text = dump({"a": word})
+    assert load(text, "x")[0] == yaml.safe_load(text) == {"a": word}
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        resolve("dpo", ["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.strip() == usage("dpo")
+    for entry in dataclasses.fields(SECTIONS["dpo"]):
+        assert entry.name in printed
+
+
+def test_a_misspelt_key_is_told_before_trl_is_imported(write):
+    """TRL takes seconds, under a launcher in every process."""
+    code = (
+        "import sys\nfrom errors import RecipeError\nfrom parsing import parse\n"
+        "try:\n    parse('dpo')\nexcept RecipeError as error:\n"
+        "    print(error, {'trl', 'transformers', 'datasets'} & set(sys.modules))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--config", write(DPO), "--lerning_rate", "1"],
+        cwd=ROOT / "recipes", capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "command line: lerning_rate: unknown key; did you mean learning_rate? set()"
+
+
+# ----------------------------------------------------------------------------------------- the recipes of this project
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+BATCH = re.compile(
+    r"^# batch: (\d+) per device x (\d+) accumulation x (\d+) (?:GPUs?|process(?:es)?) = (\d+) "
+    r"(pairs|conversations) per update",
+    re.MULTILINE,
+)
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) >= 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_parses_and_its_batch_arithmetic_holds(path):
+    kind = "sft" if path.name.startswith("sft") else "dpo"
+    headers = BATCH.findall(path.read_text())
+    assert len(headers) == 1, "one line `# batch: 2 per device x 8 accumulation x 2 GPUs = 32 pairs per update`"
+    batch, steps, processes, update = (int(number) for number in headers[0][:4])
+    assert headers[0][4] == ("conversations" if kind == "sft" else "pairs")
+    assert batch * steps * processes == update
+    resolved = resolve(kind, ["--config", str(path)], world_size=processes)
+    training = trl_keys.DEFAULTS | resolved.training
+    assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (batch, steps)
