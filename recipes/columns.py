@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from arguments import Columns, Messages
 from conversations import Conversations, any_message, flags, from_messages, from_texts, from_transcripts
 from errors import RecipeError
-from sources import did_you_mean
+from reading import did_you_mean
 
 ROLES = ("system", "user", "assistant")
 TEXT, MESSAGE, MESSAGES = "text", "a message", "a list of messages"
@@ -56,14 +56,18 @@ def check_columns(rows: pa.Table, columns: Columns, where: str) -> dict[str, str
     Raises:
         RecipeError: a column that isn't there, or that holds what its key has no use for.
     """
+    if columns.turns:
+        markers = [marker.strip() for marker in vars(columns.turns).values() if marker is not None]
+        if "" in markers or len(set(markers)) < len(markers):
+            raise RecipeError(f"{where}: columns.turns needs a marker of its own for each role, more than white space")
     kinds = {}
     for key, name in named(columns):
         path = find(name, rows.schema)
         if path is None:
             names = _paths(rows.schema)
             raise RecipeError(
-                f"{where}: columns.{key} names {name!r}, which is not a column{did_you_mean(name, names)}; the "
-                f"columns are {', '.join(rows.column_names)}"
+                f"{where}: columns.{key} names {name!r}, which is none of the columns {', '.join(rows.column_names)}"
+                + (did_you_mean(name, names) or "; name one of these")
             )
         kind = _kind(rows, path, columns.messages)
         wanted = (TEXT,) if columns.turns and TEXT in ALLOWED[key] and MESSAGES in ALLOWED[key] else ALLOWED[key]
@@ -183,7 +187,10 @@ class Batch:
             for other in roles.unique().to_pylist():
                 if other not in ROLES:
                     says = flags(roles.is_null() if other is None else pc.equal(roles, other))
-                    fault = f"`{name}` has a message of the role {other!r}, which is none of {', '.join(ROLES)}"
+                    fault = (
+                        f"`{name}` has a message of the role {other!r}, none of {', '.join(ROLES)} (map it with "
+                        "columns.messages.roles)"
+                    )
                     self.note(any_message(lengths, says), fault)
         self.note(any_message(lengths, flags(contents.is_null())), f"`{name}` has a message without text")
         return conversations
@@ -242,8 +249,8 @@ class Batch:
         for row, value in enumerate(_decoded(column)):
             if value is not None and _json_kind(value) != kind:
                 self.faults[row] = self.faults[row] or (
-                    f"rows of mixed layouts: `{name}` holds {_json_kind(value)} after rows that hold {kind} (give "
-                    "each layout a file and an entry of its own)"
+                    f"rows of mixed layouts: `{name}` holds {_json_kind(value)} where the first row holds {kind} "
+                    "(give each layout a file and an entry of its own)"
                 )
                 value = None
             if kind in (MESSAGE, MESSAGES) and value is not None:

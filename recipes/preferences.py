@@ -253,8 +253,8 @@ def _check_row_ids(ids: pa.ChunkedArray, name: str, where: str) -> None:
     if len(shared):
         examples = ", ".join(shared.field(0)[:ROWS_NAMED].to_pylist())
         raise RecipeError(
-            f"{where}: columns.row_id names {name!r}, in which {len(shared)} ids stand for more than one row "
-            f"({examples}); name a column of unique ids, or remove columns.row_id to number the rows"
+            f"{where}: columns.row_id names {name!r}, but several rows share an id ({examples}); name a column of "
+            "unique ids, or remove columns.row_id to number the rows"
         )
 
 
@@ -266,12 +266,11 @@ def _summary(reasons: list[str], numbers: np.ndarray, total: int) -> str:
     faults = []
     for reason, rows in rows_of.items():
         more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
-        faults.append(f"{reason} in row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:ROWS_NAMED]))}{more}")
-    many = "rows are" if len(reasons) > 1 else "row is"
+        faults.append(f"{reason}: row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:ROWS_NAMED]))}{more}")
     way_out = (
         "mend the source" if len(reasons) == total else "mend them, or set `bad_rows: drop` to go on without them"
     )
-    return f"{len(reasons)} {many} bad of {total} (numbered from 0): {'; '.join(faults)}. Way out: {way_out}"
+    return f"{len(reasons)} of {total} rows can't be used (rows count from 0): {'; '.join(faults)}; {way_out}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,7 +300,7 @@ def _read_pairs(batch: Batch, source: str, role: str, extra: list[str]) -> dict[
     first, second = columns.responses or (columns.chosen, columns.rejected)
     heads, answers = [], []
     for name in (first, second):
-        head, answer = _split_answer(batch, name)
+        head, answer = _split_answer(batch, name, batch.conversation(name, "assistant"))
         heads.append(head)
         answers.append(answer)
     batch.note(~equal(*heads), f"`{first}` and `{second}` have different prompts")
@@ -355,9 +354,10 @@ def _read_answers(batch: Batch, source: str, role: str, extra: list[str], answer
 def _read_conversations(batch: Batch, source: str) -> dict[str, pa.Array]:
     """Whole conversations."""
     name = batch.columns.conversation
-    _, answer = _split_answer(batch, name)
+    conversations = batch.conversation(name, "assistant")
+    _, answer = _split_answer(batch, name, conversations)
     batch.note(flags(pc.equal(pc.utf8_trim_whitespace(answer), "")), f"`{name}` ends in an empty answer")
-    return {"messages": to_lists(batch.conversation(name, "assistant"))}
+    return {"messages": to_lists(conversations)}
 
 
 def _gap(left: pa.Array, right: pa.Array) -> np.ndarray:
@@ -365,9 +365,9 @@ def _gap(left: pa.Array, right: pa.Array) -> np.ndarray:
     return left - right
 
 
-def _split_answer(batch: Batch, name: str) -> tuple[Conversations, pa.Array]:
+def _split_answer(batch: Batch, name: str, conversations: Conversations) -> tuple[Conversations, pa.Array]:
     """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
-    head, roles, answer = split_last(batch.conversation(name, "assistant"))
+    head, roles, answer = split_last(conversations)
     batch.note(flags(pc.not_equal(roles, "assistant")), f"`{name}` does not end in a message of the assistant")
     return head, answer
 

@@ -1,39 +1,48 @@
 """The rows of a source as its files hold them, loaded with Hugging Face's datasets; every failure is a clear line."""
 
-import difflib
 import gzip
 import json
 import logging
 import math
+import re
 import zlib
 from functools import cache
 from pathlib import Path
 
 import datasets
-import httpx
 import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, httpx
 
 from arguments import DatasetEntry
 from errors import RecipeError
+from reading import did_you_mean
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
 
+# It prints what a failure raises as well; here every failure is one line, which also names the file's line.
+logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
+
 
 def place(entry: DatasetEntry) -> str:
     """How messages name the source: the path and, where there are some, its configuration and files."""
-    files = [entry.data_files] if isinstance(entry.data_files, str) else entry.data_files or []
-    details = ([entry.name] if entry.name else []) + files
+    details = ([entry.name] if entry.name else []) + _files(entry)
     return f"{entry.path} ({', '.join(details)})" if details else entry.path
+
+
+def _files(entry: DatasetEntry) -> list[str]:
+    return [entry.data_files] if isinstance(entry.data_files, str) else entry.data_files or []
 
 
 def source_names(entries: list[DatasetEntry]) -> list[str]:
     """The name of each source in row ids and in the audit; two entries of one name would share their row ids."""
-    names = [entry.source or Path(entry.path).name for entry in entries]
+    names = []
+    for entry in entries:
+        by_builder = entry.path in BUILDERS.values() and _files(entry)  # e.g. path: json, data_files: pairs.jsonl
+        names.append(entry.source or Path(_files(entry)[0] if by_builder else entry.path).name)
     for name in names:
         if names.count(name) > 1:
             raise RecipeError(f"datasets: {names.count(name)} entries are called {name!r}; name each with `source:`")
@@ -54,13 +63,15 @@ def load_rows(entry: DatasetEntry) -> Dataset:
     options: dict = {"name": entry.name, "data_files": entry.data_files, "revision": entry.revision}
     if path.is_file() or suffix in BUILDERS:
         if not path.is_file():
-            raise RecipeError(f"{where}: no such file{_near(path)}; correct `path`")
+            raise RecipeError(f"{where}: no such file; correct `path`{_near(path)}")
         if suffix not in BUILDERS:
             raise RecipeError(f"{where}: unknown kind of file; `path` reads {', '.join(BUILDERS)}, also with .gz")
-        for key in ("name", "data_files", "revision"):
+        for key in ("data_files", "revision"):
             if options[key] is not None:
                 raise RecipeError(f"{where}: `path` is a file, so `{key}` has no meaning here; remove it")
-        target, options = BUILDERS[suffix], {"data_files": str(path)}
+        # A file stands for the configuration and split that the entry names, so that a recipe for the Hub's copy of a
+        # source reads a local one by its path alone.
+        target, options = BUILDERS[suffix], {"data_files": {re.split(r"\W", entry.split)[0]: str(path)}}
         if target == "csv":
             options["keep_default_na"] = False  # an answer that reads "None" or "N/A" is an answer
     elif path.is_dir():
@@ -69,12 +80,12 @@ def load_rows(entry: DatasetEntry) -> Dataset:
         target = entry.path
         if entry.path not in BUILDERS.values():
             if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1:
-                raise RecipeError(f"{where}: no such file or folder{_near(path)}; correct `path`")
+                raise RecipeError(f"{where}: no such file or folder; correct `path`{_near(path)}")
             _leave_the_hub_if_unreachable()
     try:
         rows = datasets.load_dataset(target, split=entry.split, **options)
     except DatasetGenerationError as error:
-        fault = _first_fault(path, entry.data_files) or f"unreadable: {_one_line(error.__cause__ or error)}"
+        fault = _first_fault(path, _files(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
         raise RecipeError(f"{where}: {fault}") from error
     except ConnectionError as error:
         raise RecipeError(
@@ -83,6 +94,10 @@ def load_rows(entry: DatasetEntry) -> Dataset:
         ) from error
     except StopIteration as error:  # what an empty file ends in
         raise RecipeError(f"{where}: no rows") from error
+    except FileNotFoundError as error:
+        if not entry.data_files:
+            raise RecipeError(f"{where}: {_one_line(error)}") from error
+        raise RecipeError(f"{where}: no such file; correct `data_files`{_near(path / _files(entry)[0])}") from error
     except (DatasetsError, OSError, ValueError) as error:
         if "corresponds to no data" in str(error):
             raise RecipeError(f"{where}: no rows in split {entry.split!r}") from error
@@ -111,20 +126,13 @@ def _leave_the_hub_if_unreachable() -> None:
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except httpx.TransportError as error:
-        logging.getLogger(__name__).warning("%s can't be reached (%s): cache only", constants.ENDPOINT, error)
+    except httpx.TransportError:
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
 
 
 def _near(path: Path) -> str:
     names = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
     return did_you_mean(path.name, names)
-
-
-def did_you_mean(name: str, names: list[str]) -> str:
-    """The end of a message about a name that isn't there."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _one_line(error: BaseException) -> str:
@@ -137,19 +145,20 @@ def kind(value: object) -> str:
     return kinds[type(value)]
 
 
-def _first_fault(path: Path, data_files: str | list[str] | None) -> str | None:
+def _first_fault(path: Path, data_files: list[str]) -> str | None:
     """What is wrong with the first faulty line of the JSON files that datasets could not read; None if unknown."""
     if path.is_file():
-        return _fault(path)
-    names = [data_files] if isinstance(data_files, str) else data_files or ["*"]
-    for name in names:
+        return _fault(path, {})
+    seen: dict[str, str] = {}
+    for name in data_files or ["*"]:
         for file in sorted(path.glob(name)) if path.is_dir() else [Path(name)]:
-            if file.is_file() and (fault := _fault(file)):
+            if file.is_file() and (fault := _fault(file, seen)):
                 return f"{file.name}: {fault}"
     return None
 
 
-def _fault(path: Path) -> str | None:
+def _fault(path: Path, seen: dict[str, str]) -> str | None:
+    """As `_first_fault`, of one file; `seen` is what each column has held so far."""
     if BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix) != "json":
         return None
     try:
@@ -159,7 +168,6 @@ def _fault(path: Path) -> str | None:
             if is_array:
                 json.load(file)
                 return None
-            seen: dict[str, str] = {}
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
@@ -168,11 +176,11 @@ def _fault(path: Path) -> str | None:
                 except json.JSONDecodeError as error:
                     return f"line {number} is not JSON ({error.msg} at column {error.colno}); mend or remove it"
                 if not isinstance(row, dict):
-                    return f"line {number} is {kind(row)}, not a JSON object; mend or remove it"
+                    return f"line {number} is {_kind(row)}, not a JSON object; mend or remove it"
                 for column, value in row.items():
-                    if value is not None and kind(value) != seen.setdefault(column, kind(value)):
+                    if value is not None and _kind(value) != seen.setdefault(column, _kind(value)):
                         return (
-                            f"rows of mixed layouts: `{column}` is {kind(value)} on line {number} and {seen[column]} "
+                            f"rows of mixed layouts: `{column}` is {_kind(value)} on line {number} and {seen[column]} "
                             "before it; give each layout a file and an entry of its own"
                         )
     except json.JSONDecodeError as error:
@@ -180,3 +188,8 @@ def _fault(path: Path) -> str | None:
     except (OSError, EOFError, UnicodeDecodeError) as error:
         return f"can't be read ({_one_line(error)}); fetch the file again"
     return None
+
+
+def _kind(value: object) -> str:
+    kinds = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "null")
