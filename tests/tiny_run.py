@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STEPS, SAVE_EVERY = 8, 2
-PRELOADED = ["tiny_run", "conftest", "transformers.trainer", "deepspeed", "checkpoints"]
+PRELOADED = ["tiny_run", "conftest", "transformers.trainer", "deepspeed", "checkpoints", "tripwires"]
 
 
 @dataclass
@@ -27,6 +27,7 @@ class Options:
     batch: int = 2
     accumulation: int = 2
     steps: int = STEPS
+    dropout: float = 0.1  # a resume that loses the random state is seen
     arguments: dict = field(default_factory=dict)  # more TrainingArguments
     die_at: tuple[str, str, int] | None = None  # audit event, part of its first argument, which occurrence
     signal_at: int | None = None  # the step that SIGTERM arrives in
@@ -73,10 +74,11 @@ def train(options: Options, rank: int, port: int) -> None:
     from errors import exits_cleanly
     from ranks import join_processes
     from runs import spare_cpu_compile
+    from tripwires import Tripwires
 
     torch.set_num_threads(1)
 
-    class TinyTrainer(CompleteCheckpoints, Trainer):
+    class TinyTrainer(Tripwires, CompleteCheckpoints, Trainer):
         pass
 
     class SendSignal(TrainerCallback):
@@ -97,7 +99,7 @@ def train(options: Options, rank: int, port: int) -> None:
         args = TrainingArguments(options.output_dir, **(arguments | options.arguments))
         rows = torch.randint(3, 320, (40, 12), generator=torch.Generator().manual_seed(7)).tolist()
         data = [{"input_ids": row, "labels": row} for row in rows]
-        model = build_model(attention_dropout=0.1)  # dropout: a resume that loses the random state is seen
+        model = build_model(attention_dropout=options.dropout)
         stop = StopOnSignal()
         trainer = TinyTrainer(model, args, train_dataset=data, callbacks=[stop, SendSignal()])
         checkpoint = checkpoint_to_resume(options.resume, options.output_dir)
