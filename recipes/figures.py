@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from margins import PAIR_CLASSES
 from pair_metrics import GROUPS
@@ -31,6 +32,7 @@ CURVES = {
     "margins": {"rewards/margins": "reward margin βΔ"},
     "accuracies": {"accuracy_helpful": "helpful accuracy\nΔ > 0", "accuracy_target": "target accuracy\nsign(m)·Δ > 0"},
 }
+MARKED_UP_TO = 30  # points, each of which is then marked: a single one has no line
 SMOOTHED_ABOVE = 60  # points, from which a curve is drawn as a running mean over its faint points
 BINS = 40
 
@@ -55,7 +57,7 @@ def plot_curves(records: list[Record], metrics: Mapping[str, str]) -> Figure | N
             for group in GROUPS:
                 if group_name(group) in COLOURS:  # roles are in the evaluation table
                     key = f"{prefix}{group}/{metric}" if group else prefix + metric
-                    _draw_curve(axes, *series(records, key), name=group_name(group), sparse=bool(prefix))
+                    _draw_curve(axes, *series(records, key), name=group_name(group))
             axes.grid(alpha=0.3)
             if metric.startswith("accuracy"):
                 axes.set_ylim(-0.03, 1.03)
@@ -67,6 +69,7 @@ def plot_curves(records: list[Record], metrics: Mapping[str, str]) -> Figure | N
         axes.set_title(f"{title} (mean of {window} logged steps)" if window > 1 else title)
     for axes in panels[-1]:
         axes.set_xlabel("step (optimizer updates)")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, panels)
     return figure
 
@@ -76,11 +79,11 @@ def _window(points: int) -> int:
     return max(1, points // 30) if points > SMOOTHED_ABOVE else 1
 
 
-def _draw_curve(axes: Axes, steps: list[int], values: list[float], name: str, sparse: bool) -> None:
+def _draw_curve(axes: Axes, steps: list[int], values: list[float], name: str) -> None:
     if not steps:
         return
     style = {"color": COLOURS[name], "linewidth": 2.2 if name == "all" else 1.4, "zorder": 3}
-    if sparse:
+    if len(steps) <= MARKED_UP_TO:
         style |= {"marker": "o", "markersize": 4}
     window = _window(len(steps))
     if window > 1:
@@ -136,6 +139,7 @@ def plot_margin_histogram(
             right.axvline(targets[name], color="black", linestyle="--", linewidth=1.5, label="target m")
         for axes in (left, right):
             axes.grid(alpha=0.3)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
             axes.legend(frameon=False, fontsize="small")
     panels[-1, 0].set_xlabel("log π(chosen) − log π(rejected) (nats)")
     panels[-1, 1].set_xlabel("reward margin βΔ")

@@ -33,6 +33,7 @@ def test_curves_hold_each_group_on_the_panel_of_its_mode():
     assert (training.get_title(), evaluation.get_title()) == ("training", "evaluation")
     assert training.get_ylabel() == "loss" and training.get_xlabel() == "step (optimizer updates)"
     assert training.get_ylim() == evaluation.get_ylim()
+    assert lines(training)["safe/unsafe"].get_marker() == "o"  # a single point has no line to be seen by
     assert to_hex(lines(training)["safe/unsafe"].get_color()).upper() == COLOURS["safe/unsafe"]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["all", "safe/unsafe"]

@@ -1,6 +1,9 @@
 import pytest
+from accelerate import PartialState
 
 from conftest import build_model
+from forked import run_ranks
+from ranks import join_processes
 from throughput import Throughput, matmul_parameters, peak_flops, training_flops
 
 # Per layer of the tiny Mistral: q and o 32×32, k and v 32×16, three 32×64 in the MLP, two norms of 32.
@@ -118,6 +121,25 @@ def test_figures_of_all_ranks():
             "mfu": 1000 * 6 * 28_832 / (2 * 989e12),
         }
     )
+
+
+def work_of_a_rank(rank):
+    join_processes()
+    PartialState(cpu=True)
+    clock = Clock()
+    throughput = Throughput(build_model(), "", clock)
+    throughput.on_train_begin()
+    clock.now += 2 + 2 * rank
+    throughput.count(8, 1000 + 2000 * rank, 4000)
+    throughput.on_step_end()
+    figures = throughput.report()
+    return {key: figures[key] for key in ("pairs_per_second", "tokens_per_second", "tokens_saved")}
+
+
+def test_two_processes_report_the_same_figures():
+    """16 pairs and 1000 + 3000 of 8000 tokens in the 4 s of the slower one."""
+    expected = {"pairs_per_second": 4, "tokens_per_second": 1000, "tokens_saved": 0.5}
+    assert run_ranks(2, work_of_a_rank) == [expected, expected]
 
 
 def test_an_unknown_device_has_no_mfu():
