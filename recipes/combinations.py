@@ -85,7 +85,7 @@ def expand_preset(document: Document, recipe: Recipe, training: Given, announcem
                 training[key] = value
             elif key == "labels":
                 selection.labels = value
-            elif key not in given:
+            else:
                 setattr(margin, key, value)
     training.setdefault("beta", DEFAULTS["beta"])
     if selection.labels is None:
@@ -187,7 +187,7 @@ def fit_batch(document: Document, recipe: Recipe, training: Given, world_size: i
         return
     batch = (DEFAULTS | training)["per_device_train_batch_size"]
     steps, rest = divmod(wanted, batch * world_size)
-    if rest or not steps:
+    if rest:
         raise document.refuse(
             (key,),
             f"{wanted} is not a multiple of per_device_train_batch_size {batch} x {world_size} processes = "

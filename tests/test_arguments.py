@@ -17,6 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+import combinations
+import margins
 import trl_keys
 from combinations import MARGIN_SETTINGS
 from errors import RecipeError
@@ -370,6 +372,10 @@ def test_the_tables_agree_with_trl_on_defaults(kind, config):
     _schema(kind).model_validate_json(json.dumps(ours | required))
 
 
+def test_pair_classes_are_those_of_the_rows():
+    assert combinations.PAIR_CLASSES == margins.PAIR_CLASSES
+
+
 def test_the_tables_agree_with_transformers_on_choices():
     def choices(key: str) -> set[str]:
         return set(typing.get_args(trl_keys.TRAINING[key]))
@@ -586,7 +592,8 @@ def test_dump_is_read_back_by_every_reader(values):
 
 
 @pytest.mark.parametrize(
-    "word", ["no", "on", "5e-7", "010", "1:30", "2024-01-01", "~", "null", "0x1f", "1_000", "<<", "", "=", ".5"]
+    "word",
+    ["no", "on", "5e-7", "010", "1:30", "2024-01-01", "~", "null", "0x1f", "1_000", "<<", "", "=", ".5", "a\x85b"],
 )
 def test_words_that_look_like_something_else_stay_words(word):
     text = dump({"a": word})
@@ -628,7 +635,7 @@ BATCH = re.compile(
 
 
 def test_there_are_recipes():
-    assert len(RECIPES) >= 2
+    assert len(RECIPES) >= 10
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
