@@ -75,7 +75,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
         if target == "csv":
             options["keep_default_na"] = False  # an answer that reads "None" or "N/A" is an answer
     elif path.is_dir():
-        target = str(path)
+        target = str(path.resolve())  # datasets names the folder, which it can't for "."
     else:
         target = entry.path
         if entry.path not in BUILDERS.values():

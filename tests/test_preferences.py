@@ -1,0 +1,815 @@
+"""Rows of every layout against rows written out by hand; every kind of bad input against its message."""
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+from hypothesis import given
+from hypothesis import strategies as st
+
+import columns as column_module
+import conversations as flat
+import preferences
+import sources
+from arguments import Columns, DatasetEntry, Messages, Turns
+from errors import RecipeError
+from parsing import resolve
+from preferences import FEATURES, load_conversations, load_preferences
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str | None) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def row(**known) -> dict:
+    """A row of the schema in which everything not given is unknown."""
+    return dict.fromkeys(FEATURES) | {"tie": False, "role": "task"} | known
+
+
+PAIR = {"chosen": "chosen", "rejected": "rejected"}
+GOOD = {"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}
+
+# ------------------------------------------------------------------------------------------- one layout after another
+HARMS = ["Violence", "Privacy Violation", "Drugs"]
+SAFE = dict.fromkeys(HARMS, False)
+
+
+def pku(better, safe, severity=None, harms=None, responses=("first", "second")):
+    text = {"prompt": "ask", "response_0": responses[0], "response_1": responses[1]}
+    labels = {"is_response_0_safe": safe[0], "is_response_1_safe": safe[1]}
+    new = {}
+    if severity:
+        new |= {f"response_{n}_severity_level": severity[n] for n in (0, 1)}
+        new |= {f"response_{n}_harm_category": SAFE | dict.fromkeys(harms[n], True) for n in (0, 1)}
+    return text | labels | {"better_response_id": better, "safer_response_id": 1 - better} | new
+
+
+PKU_OLD = Columns(
+    prompt="prompt",
+    responses=["response_0", "response_1"],
+    better="better_response_id",
+    safe=["is_response_0_safe", "is_response_1_safe"],
+)
+ASK = [user("ask")]
+
+LAYOUTS = {
+    "pku-saferlhf": (
+        [
+            pku(0, (True, False), (0, 3), ([], ["Drugs", "Privacy Violation"])),
+            pku(1, (False, True), (2, 0), (["Violence"], [])),
+            pku(1, (False, False), (1, 2), (["Violence"], ["Violence", "Drugs"])),
+            pku(0, (True, True), (0, 0), ([], [])),
+        ],
+        [
+            row(
+                prompt=ASK, chosen="first", rejected="second", chosen_safe=True, rejected_safe=False,
+                chosen_severity=0, rejected_severity=3, category="Privacy Violation, Drugs",
+            ),
+            row(
+                prompt=ASK, chosen="second", rejected="first", chosen_safe=True, rejected_safe=False,
+                chosen_severity=0, rejected_severity=2, category="Violence",
+            ),
+            row(
+                prompt=ASK, chosen="second", rejected="first", chosen_safe=False, rejected_safe=False,
+                chosen_severity=2, rejected_severity=1, category="Violence, Drugs",
+            ),
+            row(
+                prompt=ASK, chosen="first", rejected="second", chosen_safe=True, rejected_safe=True, chosen_severity=0,
+                rejected_severity=0,
+            ),
+        ],
+    ),
+    "ultrafeedback": (
+        [
+            {
+                "prompt": "ask", "prompt_id": "x", "messages": [user("ask"), assistant("yes")],
+                "chosen": [user("ask"), assistant("yes")], "rejected": [user("ask"), assistant("")],
+                "score_chosen": 8.5, "score_rejected": 4,
+            },
+            {
+                "prompt": "ask", "prompt_id": "y", "messages": [user("ask"), assistant("yes")],
+                "chosen": [user("ask"), assistant("yes")], "rejected": [user("ask"), assistant("no")],
+                "score_chosen": 7, "score_rejected": 7,
+            },
+        ],
+        [
+            row(prompt=ASK, chosen="yes", rejected="", score_chosen=8.5, score_rejected=4.0),
+            row(prompt=ASK, chosen="yes", rejected="no", score_chosen=7.0, score_rejected=7.0, tie=True),
+        ],
+    ),
+    "hh-rlhf": (
+        [
+            {
+                "chosen": "\n\nHuman: Hi.\n\nWho are you?\n\nAssistant: A Human: no.\n\nHuman: ok\n\nAssistant: Bye. ",
+                "rejected": "\n\nHuman: Hi.\n\nWho are you?\n\nAssistant: A Human: no.\n\nHuman: ok\n\nAssistant:",
+            }
+        ],
+        [
+            row(
+                prompt=[user("Hi.\n\nWho are you?"), assistant("A Human: no."), user("ok")],
+                chosen="Bye.",
+                rejected="",
+            )
+        ],
+    ),
+    "sharegpt": (
+        [
+            {
+                "conversations": [
+                    {"from": "system", "value": "Be brief."}, {"from": "human", "value": "one"},
+                    {"from": "gpt", "value": "1"}, {"from": "human", "value": "two"},
+                ],
+                "chosen": {"from": "gpt", "value": "2"},
+                "rejected": {"from": "gpt", "value": "3"},
+            }
+        ],
+        [
+            row(
+                prompt=[{"role": "system", "content": "Be brief."}, user("one"), assistant("1"), user("two")],
+                chosen="2",
+                rejected="3",
+            )
+        ],
+    ),
+    "helpsteer3": (
+        [
+            {"domain": "code", "context": [user("a"), assistant("b"), user("c")], "response1": "r1", "response2": "r2",
+             "overall_preference": preference}
+            for preference in (-3, 2, 0)
+        ],
+        [
+            row(
+                prompt=[user("a"), assistant("b"), user("c")], chosen=chosen, rejected=rejected, tie=tie,
+                category="code",
+            )
+            for chosen, rejected, tie in (("r1", "r2", False), ("r2", "r1", False), ("r1", "r2", True))
+        ],
+    ),
+    "skywork": (
+        [{"chosen": [user("ask"), assistant("yes")], "rejected": [user("ask"), assistant("no")], "source": "magpie"}],
+        [row(prompt=ASK, chosen="yes", rejected="no")],
+    ),
+    "tulu": (
+        [
+            {"id": "7", "prompt": "ask", "source": "wildchat", "chosen": [user("ask"), assistant("yes")],
+             "rejected": [user("ask"), assistant("no")]}
+        ],
+        [row(prompt=ASK, chosen="yes", rejected="no", category="wildchat")],
+    ),
+}  # fmt: skip
+
+
+def with_path(entry: DatasetEntry, path: str) -> DatasetEntry:
+    entry.path = path
+    return entry
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_recipe_of_a_layout_maps_its_rows(name, tmp_path):
+    """The shipped recipe with another path, and nothing else, gives the rows that were written out by hand."""
+    given_rows, expected = LAYOUTS[name]
+    [entry] = resolve("dpo", ["--config", str(ROOT / f"recipes/layouts/{name}.yaml")]).recipe.datasets
+    rows, bad = load_preferences([with_path(entry, write(tmp_path / "mine.jsonl", given_rows))], seed=0)
+    assert rows.features == FEATURES
+    assert bad == []
+    names = [{"source": "mine.jsonl", "row_id": f"mine.jsonl:{n}"} for n in range(len(expected))]
+    assert rows.to_list() == [wanted | extra for wanted, extra in zip(expected, names, strict=True)]
+
+
+def test_recipe_of_the_mixture_maps_both_sources(tmp_path):
+    task, buffer = resolve("dpo", ["--config", str(ROOT / "recipes/layouts/mixture.yaml")]).recipe.datasets
+    task = with_path(task, write(tmp_path / "p.jsonl", [pku(1, (False, True))]))
+    buffer = with_path(buffer, write(tmp_path / "u.jsonl", LAYOUTS["ultrafeedback"][0][:1]))
+    rows, _ = load_preferences([task, buffer], seed=0)
+    assert rows.to_list() == [
+        row(
+            prompt=ASK, chosen="second", rejected="first", chosen_safe=True, rejected_safe=False, source="p.jsonl",
+            row_id="p.jsonl:0",
+        ),
+        row(
+            prompt=ASK, chosen="yes", rejected="", chosen_safe=True, rejected_safe=True, score_chosen=8.5,
+            score_rejected=4.0, source="u.jsonl", row_id="u.jsonl:0", role="buffer",
+        ),
+    ]  # fmt: skip
+
+
+def test_every_layout_has_a_recipe():
+    found = {path.stem for path in (ROOT / "recipes/layouts").glob("*.yaml")}
+    assert found == {*LAYOUTS, "mixture"}
+
+
+OTHERS = {
+    "PKU, old layout": (
+        PKU_OLD,
+        [pku(1, (True, False))],
+        [row(prompt=ASK, chosen="second", rejected="first", chosen_safe=False, rejected_safe=True)],
+    ),
+    "argilla, with hyphens": (
+        Columns(prompt="prompt", **PAIR, score_chosen="chosen-rating", score_rejected="rejected-rating"),
+        [{"prompt": "q", **GOOD, "chosen-rating": 5.0, "rejected-rating": 3}],
+        [row(prompt=[user("q")], chosen="good", rejected="bad", score_chosen=5.0, score_rejected=3.0)],
+    ),
+    "trl-lib, the prompt inside chosen and rejected": (
+        Columns(**PAIR, score_chosen="score_chosen", score_rejected="score_rejected"),
+        [{**GOOD, "score_chosen": 5.0, "score_rejected": 3.5}],
+        [row(prompt=[user("q")], chosen="good", rejected="bad", score_chosen=5.0, score_rejected=3.5)],
+    ),
+    "plain strings": (
+        Columns(prompt="prompt", **PAIR),
+        [{"prompt": "q", "chosen": "good", "rejected": "bad"}],
+        [row(prompt=[user("q")], chosen="good", rejected="bad")],
+    ),
+    "prompt and answers as lists of messages": (
+        Columns(prompt="prompt", **PAIR),
+        [{"prompt": [user("a")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}],
+        [row(prompt=[user("a")], chosen="good", rejected="bad")],
+    ),
+    "a system message before the prompt": (
+        Columns(prompt="prompt", **PAIR),
+        [{"prompt": "q", **{side: [{"role": "system", "content": "s"}, *GOOD[side]] for side in PAIR}}],
+        [row(prompt=[{"role": "system", "content": "s"}, user("q")], chosen="good", rejected="bad")],
+    ),
+    "columns inside structs, constants, and numbers as labels": (
+        Columns(
+            prompt="in.prompt", chosen="out.w", rejected="out.l", chosen_safe="safe.w", rejected_safe=False,
+            chosen_severity=0, rejected_severity="severity", score_chosen=1.0, score_rejected=0.0,
+        ),
+        [{"in": {"prompt": "q"}, "out": {"w": "good", "l": "bad"}, "safe": {"w": 1}, "severity": 2.0}],
+        [
+            row(
+                prompt=[user("q")], chosen="good", rejected="bad", chosen_safe=True, rejected_safe=False,
+                chosen_severity=0, rejected_severity=2, score_chosen=1.0, score_rejected=0.0,
+            )
+        ],
+    ),
+    "scores of two responses, and constants as labels": (
+        Columns(
+            prompt="p", responses=["a", "b"], better="better", scores=["x", "y"], chosen_safe=True, rejected_safe=True
+        ),
+        [{"p": "q", "a": "A", "b": "B", "better": True, "x": 1.0, "y": 9.0}],
+        [
+            row(
+                prompt=[user("q")], chosen="B", rejected="A", chosen_safe=True, rejected_safe=True, score_chosen=9.0,
+                score_rejected=1.0,
+            )
+        ],
+    ),
+    "a label that is missing stays unknown": (
+        PKU_OLD,
+        [pku(0, (None, True)), pku(0, (True, False))],
+        [
+            row(prompt=ASK, chosen="first", rejected="second", chosen_safe=None, rejected_safe=True),
+            row(prompt=ASK, chosen="first", rejected="second", chosen_safe=True, rejected_safe=False),
+        ],
+    ),
+    "an unused key in some of the messages": (
+        Columns(**PAIR),
+        [GOOD, {**GOOD, "chosen": [{**user("q"), "name": 3}, assistant("good")]}],
+        [row(prompt=[user("q")], chosen="good", rejected="bad")] * 2,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_mapping(name, tmp_path):
+    columns, given_rows, expected = OTHERS[name]
+    rows, bad = load_preferences([DatasetEntry(write(tmp_path / "f.jsonl", given_rows), columns=columns)], seed=0)
+    assert bad == []
+    names = [{"source": "f.jsonl", "row_id": f"f.jsonl:{n}"} for n in range(len(expected))]
+    assert rows.to_list() == [wanted | extra for wanted, extra in zip(expected, names, strict=True)]
+
+
+def test_ids_source_and_extra_columns(tmp_path):
+    """An id column names the rows, and a numeric column stays by its name, null where an entry doesn't name it."""
+    path = write(tmp_path / "f.jsonl", [{**GOOD, "id": "a", "length": 3}, {**GOOD, "id": "b", "length": 4}])
+    first = DatasetEntry(path, source="one", columns=Columns(**PAIR, row_id="id", extra=["length"]))
+    second = DatasetEntry(path, columns=Columns(**PAIR))
+    rows, _ = load_preferences([first, second], seed=0)
+    assert rows["row_id"][:] == ["one:a", "one:b", "f.jsonl:0", "f.jsonl:1"]
+    assert rows["source"][:] == ["one", "one", "f.jsonl", "f.jsonl"]
+    assert rows["length"][:] == [3.0, 4.0, None, None]
+
+
+def test_kinds_of_file(tmp_path):
+    """The same two rows from each kind of file, from a folder, and by the name of the file's kind."""
+    plain = [{"prompt": "q", "chosen": "N/A", "rejected": "b"}, {"prompt": "p", "chosen": "None", "rejected": "d"}]
+    table = pa.Table.from_pylist(plain)
+    write(tmp_path / "f.jsonl", plain)
+    (tmp_path / "f.json").write_text(json.dumps(plain))
+    with gzip.open(tmp_path / "f.jsonl.gz", "wt") as file:
+        file.write((tmp_path / "f.jsonl").read_text())
+    (tmp_path / "f.csv").write_text("prompt,chosen,rejected\nq,N/A,b\np,None,d\n")
+    pq.write_table(table, tmp_path / "f.parquet")
+    with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    columns = Columns(prompt="prompt", **PAIR)
+    suffixes = ("jsonl", "json", "jsonl.gz", "csv", "parquet", "arrow")
+    entries = [DatasetEntry(str(tmp_path / f"f.{suffix}"), columns=columns) for suffix in suffixes]
+    entries.append(DatasetEntry(str(tmp_path), data_files="f.jsonl", columns=columns, source="folder"))
+    entries.append(DatasetEntry("json", data_files=[str(tmp_path / "f.json")], columns=columns, source="kind"))
+    # A file is the split and the configuration that the entry names.
+    entries.append(
+        DatasetEntry(str(tmp_path / "f.jsonl"), split="test[:2]", name="c", columns=columns, source="split")
+    )
+    for entry in entries:
+        rows, _ = load_preferences([entry], seed=0)
+        assert [(r["prompt"][0]["content"], r["chosen"], r["rejected"]) for r in rows] == [
+            ("q", "N/A", "b"),
+            ("p", "None", "d"),
+        ], entry.path
+
+
+def test_no_module_knows_a_source_by_name():
+    """Every difference between sources stands in YAML."""
+    names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
+    names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
+    for module in (preferences, column_module, flat, sources):
+        text = Path(module.__file__).read_text().lower()
+        assert not [name for name in names if name in text], module.__name__
+
+
+# ------------------------------------------------------------------------------------------------- fraction and cache
+def numbered(tmp_path: Path, count: int) -> str:
+    return write(tmp_path / "f.jsonl", [{"p": f"p{n}", "chosen": f"c{n}", "rejected": "r"} for n in range(count)])
+
+
+FIVE_OF_29 = [1, 6, 9, 11, 28]
+
+
+def test_fraction_is_drawn_by_the_seed(tmp_path):
+    """
+    20 % of 29 rows are 5.8: 5 rows, the same on every machine (the literal list), not the first, in their order, under
+    the ids that they have without a fraction.
+    """
+    entry = DatasetEntry(numbered(tmp_path, 29), fraction=0.2, columns=Columns(prompt="p", **PAIR))
+    rows, _ = load_preferences([entry], seed=42)
+    assert rows["row_id"][:] == [f"f.jsonl:{n}" for n in FIVE_OF_29]
+    assert rows["chosen"][:] == [f"c{n}" for n in FIVE_OF_29]
+    assert load_preferences([entry], seed=43)[0]["row_id"][:] != rows["row_id"][:]
+    entry.source = "another"
+    assert load_preferences([entry], seed=42)[0]["chosen"][:] != rows["chosen"][:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "fraction", "kept"), [(297_394, 0.2, 59_478), (100, 0.29, 29), (7, 1.0, 7), (3, 0.3, 0)]
+)
+def test_size_of_a_fraction(rows, fraction, kept):
+    drawn = sources.draw_fraction(rows, fraction, 0, "s")
+    assert len(drawn) == len(set(drawn.tolist())) == kept
+    assert (np.diff(drawn) > 0).all()
+
+
+def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
+    """Also in another process with another hash seed; another seed, mapping or version of the code maps again."""
+    path = numbered(tmp_path, 40)
+    entry = DatasetEntry(path, fraction=0.5, columns=Columns(prompt="p", **PAIR))
+    script = (
+        "import datasets, sys; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
+        "from arguments import *; from preferences import load_preferences\n"
+        "columns = Columns(prompt='p', chosen='chosen', rejected='rejected')\n"
+        "load_preferences([DatasetEntry(sys.argv[2], fraction=0.5, columns=columns)], 1)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes"), "PYTHONHASHSEED": "5"}
+    command = [sys.executable, "-c", script, str(datasets.config.HF_DATASETS_CACHE), path]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+
+    def unreachable(*args, **kwargs):
+        raise AssertionError("mapped again")
+
+    monkeypatch.setattr(preferences, "_read_batch", unreachable)
+    rows, _ = load_preferences([entry], seed=1)
+    assert len(rows) == 20
+    with pytest.raises(AssertionError, match="mapped again"):
+        load_preferences([entry], seed=2)
+    monkeypatch.setattr(preferences, "CODE", "other")
+    with pytest.raises(AssertionError, match="mapped again"):
+        load_preferences([entry], seed=1)
+
+
+def test_batches_and_processes_make_no_difference(tmp_path, monkeypatch):
+    """2,500 rows are three batches; two processes read 1,250 each. The faulty row keeps its number."""
+    rows = [{"p": f"p{n}", "chosen": f"c{n}", "rejected": "r"} for n in range(2_500)]
+    rows[2_100]["chosen"] = None
+    path = write(tmp_path / "f.jsonl", rows)
+    monkeypatch.setattr(preferences, "WORKER_ROWS", 1_000)
+    entry = DatasetEntry(path, bad_rows="drop", columns=Columns(prompt="p", **PAIR))
+    for num_proc in (None, 2):
+        loaded, bad = load_preferences([entry], seed=0, num_proc=num_proc)
+        assert bad == [{"row_id": "f.jsonl:2100", "source": "f.jsonl", "reason": "`chosen` is null"}]
+        kept = [n for n in range(2_500) if n != 2_100]
+        assert loaded["row_id"][:] == [f"f.jsonl:{n}" for n in kept]
+        assert loaded["chosen"][:] == [f"c{n}" for n in kept]
+        assert [prompt[0]["content"] for prompt in loaded["prompt"]] == [f"p{n}" for n in kept]
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
+TEXT = Columns(prompt="prompt", **PAIR)
+CHAT = Columns(**PAIR)
+TWO = {"prompt": "q", "a": "A", "b": "B", "n": 0, "s": 1}
+HH = Columns(**PAIR, turns=Turns("\n\nHuman: ", "\n\nAssistant: "))
+
+
+def two(**more) -> Columns:
+    return Columns(prompt="prompt", responses=["a", "b"], **more)
+
+
+# name: (rows of which the second is bad, mapping, words of the message)
+BAD_ROWS = {
+    "null answer": ([PLAIN, {**PLAIN, "chosen": None}], TEXT, "`chosen` is null: row 1; mend .*bad_rows: drop"),
+    "null answer in messages": ([GOOD, {**GOOD, "rejected": None}], CHAT, "`rejected` is null: row 1"),
+    "null prompt": ([PLAIN, {**PLAIN, "prompt": None}], TEXT, "`prompt` is null: row 1"),
+    "message without text": (
+        [GOOD, {**GOOD, "rejected": [user("q"), assistant(None)]}], CHAT,
+        "`rejected` has a message without text: row 1",
+    ),
+    "text that is a list of parts": (
+        [GOOD, {**GOOD, "chosen": [user("q"), {"role": "assistant", "content": [{"text": "x"}]}]}], CHAT,
+        "`chosen` has a message without text: row 1",
+    ),
+    "empty list": ([GOOD, {**GOOD, "chosen": []}], CHAT, "`chosen` holds no message: row 1"),
+    "string rows after conversational ones": (
+        [GOOD, {"chosen": "a", "rejected": "b"}], CHAT, "rows of mixed layouts: `chosen` holds text .*: row 1",
+    ),
+    "conversational rows after string ones": (
+        [PLAIN, {"prompt": "q", **GOOD}], TEXT, "rows of mixed layouts: `chosen` holds a list of messages .*: row 1",
+    ),
+    "NaN score": (
+        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": float("nan")}],
+        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
+    ),
+    "infinite score": (
+        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": float("inf"), "l": 1.0}],
+        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`w` is not a finite number: row 1",
+    ),
+    "null score": (
+        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": None}],
+        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
+    ),
+    "text for a score": (
+        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": "high"}],
+        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` holds text .*: row 1",
+    ),
+    "NaN in an extra column": (
+        [{**PLAIN, "x": 1.0}, {**PLAIN, "x": float("nan")}], Columns(prompt="prompt", **PAIR, extra=["x"]),
+        "`x` is not a finite number: row 1",
+    ),
+    "unknown role": (
+        [GOOD, {side: [{"role": "tool", "content": "t"}, *GOOD[side]] for side in PAIR}], CHAT,
+        "`chosen` has a message of the role 'tool', none of system, user, assistant .*roles.*: row 1",
+    ),
+    "prompts that differ": (
+        [GOOD, {**GOOD, "chosen": [user("other"), assistant("good")]}], CHAT,
+        "`chosen` and `rejected` have different prompts: row 1",
+    ),
+    "transcripts whose prompts differ": (
+        [dict.fromkeys(PAIR, "\n\nHuman: q\n\nAssistant: a"),
+         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: a"}], HH,
+        "`chosen` and `rejected` have different prompts: row 1",
+    ),
+    "prompt column that contradicts the conversation": (
+        [{**GOOD, "prompt": "q"}, {**GOOD, "prompt": "other"}], TEXT,
+        "`prompt` is not the prompt that `chosen` begins with: row 1",
+    ),
+    "answer alone": (
+        [GOOD, {side: [assistant("x")] for side in PAIR}], CHAT, "`chosen` has no prompt before its answer: row 1",
+    ),
+    "last message of the user": (
+        [GOOD, {**GOOD, "rejected": [user("q"), assistant("x"), user("and?")]}], CHAT,
+        "`rejected` does not end in a message of the assistant: row 1",
+    ),
+    "text before the first marker": (
+        [dict.fromkeys(PAIR, "\n\nHuman: q\n\nAssistant: a"),
+         dict.fromkeys(PAIR, "Note.\n\nHuman: q\n\nAssistant: a")], HH,
+        "`chosen` does not begin with a marker of columns.turns: row 1",
+    ),
+    "better of 2": ([TWO, {**TWO, "n": 2}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
+    "better of null": ([TWO, {**TWO, "n": None}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
+    "preference of null": ([TWO, {**TWO, "n": None}], two(preference="n"), "`n` is not a finite number: row 1"),
+    "severity of 4": (
+        [TWO, {**TWO, "s": 4}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
+    ),
+    "severity of 1.5": (
+        [TWO, {**TWO, "s": 1.5}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
+    ),
+    "safety label of 2": ([TWO, {**TWO, "s": 2}], two(better="n", safe=["s", "n"]), "`s` is none of 0, 1: row 1"),
+    "null id": ([{**PLAIN, "id": "x"}, {**PLAIN, "id": None}], Columns(prompt="prompt", **PAIR, row_id="id"),
+                "`id` is null: row 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_row(name, tmp_path):
+    """Row 1 is refused with file, column, number and the way out; dropped on demand, it is listed and row 0 stays."""
+    given_rows, columns, message = BAD_ROWS[name]
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", given_rows), columns=columns)
+    with pytest.raises(RecipeError, match=message) as error:
+        load_preferences([entry], seed=0)
+    assert str(error.value).startswith(f"{tmp_path}/f.jsonl: 1 of 2 rows can't be used (rows count from 0): ")
+    assert "\n" not in str(error.value)
+    entry.bad_rows = "drop"
+    rows, bad = load_preferences([entry], seed=0)
+    assert len(rows) == 1
+    assert not rows[0]["row_id"].endswith(("1", "null"))
+    assert len(bad) == 1
+    assert bad[0]["source"] == "f.jsonl"
+    assert bad[0]["row_id"] == ("f.jsonl:null" if name == "null id" else "f.jsonl:1")
+    assert f"{bad[0]['reason']}: row 1" in str(error.value)
+
+
+def test_many_bad_rows_are_counted(tmp_path):
+    rows = [PLAIN, *[{**PLAIN, "chosen": None}] * 8, {**PLAIN, "rejected": None}]
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", rows), columns=TEXT)
+    message = (
+        r"9 of 10 rows can't be used \(rows count from 0\): `chosen` is null: rows 1, 2, 3, 4, 5 and 3 more; "
+        "`rejected` is null: row 9; mend them"
+    )
+    with pytest.raises(RecipeError, match=message):
+        load_preferences([entry], seed=0)
+
+
+def test_a_source_of_bad_rows_alone_is_refused(tmp_path):
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", [{**PLAIN, "chosen": None}]), columns=TEXT, bad_rows="drop")
+    with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
+        load_preferences([entry], seed=0)
+
+
+# name: (rows, mapping, words of the message)
+BAD_MAPPINGS = {
+    "missing column": (
+        [PLAIN], Columns(prompt="prompt", chosen="chsen", rejected="rejected"),
+        "columns.chosen names 'chsen', which is none of the columns prompt, chosen, rejected; did you mean chosen",
+    ),
+    "missing column without a near one": (
+        [PLAIN], Columns(prompt="prompt", **PAIR, category="kind"), "'kind'.* prompt, chosen, rejected; name one",
+    ),
+    "missing field of a struct": (
+        [{"prompt": "q", "out": {"good": "a", "bad": "b"}}],
+        Columns(prompt="prompt", chosen="out.goood", rejected="out.bad"), "'out.goood'.*; did you mean out.good",
+    ),
+    "no pair": ([PLAIN], Columns(prompt="prompt"), "names no pair; set columns.chosen and columns.rejected, or"),
+    "half a pair": ([PLAIN], Columns(prompt="prompt", chosen="chosen"), "names no pair"),
+    "responses and chosen": (
+        [TWO], two(better="n", chosen="a"), "columns.responses and columns.chosen exclude each other",
+    ),
+    "responses and chosen_safe": (
+        [TWO], two(better="n", chosen_safe="n", rejected_safe="n"),
+        "columns.responses and columns.chosen_safe exclude each other",
+    ),
+    "responses without order": ([TWO], two(), "needs columns.better or columns.preference"),
+    "responses with two orders": ([TWO], two(better="n", preference="n"), "needs columns.better or .*, and not both"),
+    "better without responses": (
+        [PLAIN], Columns(prompt="prompt", **PAIR, better="n"), "columns.better goes with columns.responses",
+    ),
+    "one score": ([PLAIN], Columns(prompt="prompt", **PAIR, score_chosen=1.0), "columns.score_rejected go together"),
+    "labels twice": (
+        [TWO], two(better="n", safe=["n", "n"], chosen_safe=True, rejected_safe=True),
+        "columns.safe and columns.chosen_safe exclude each other",
+    ),
+    "an SFT key": ([PLAIN], Columns(prompt="prompt", **PAIR, safer="n"), "columns.safer .*SFT stage"),
+    "text without prompt": (
+        [PLAIN], CHAT, "'chosen' holds text, so the prompt is elsewhere; set columns.prompt, or columns.turns",
+    ),
+    "answers of two layouts": (
+        [{**GOOD, "rejected": "b"}], CHAT, "'chosen' holds a list of messages and 'rejected' text",
+    ),
+    "messages of other names": (
+        [{side: [{"from": "human", "value": "q"}] for side in PAIR}], CHAT,
+        "which holds a list of structs of from, value .*columns.messages",
+    ),
+    "turns on messages": (
+        [GOOD], Columns(**PAIR, turns=Turns("Human:", "Assistant:")), "a list of messages, not text as columns.turns",
+    ),
+    "empty marker": ([PLAIN], Columns(**PAIR, turns=Turns("\n", "A:")), "columns.turns needs a marker"),
+    "score of text": (
+        [PLAIN], Columns(prompt="prompt", **PAIR, score_chosen="chosen", score_rejected="rejected"),
+        "columns.score_chosen names 'chosen', which holds text, not a number",
+    ),
+    "list of strings": ([{**PLAIN, "chosen": ["a"]}], TEXT, "'chosen', which holds a list of string, not text or"),
+    "extra of a taken name": ([PLAIN], Columns(prompt="prompt", **PAIR, extra=["prompt"]), "columns.extra .*'prompt'"),
+    "ids that rows share": (
+        [{**PLAIN, "id": 1}, {**PLAIN, "id": 1}], Columns(prompt="prompt", **PAIR, row_id="id"),
+        r"several rows share an id \(f.jsonl:1\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_MAPPINGS)
+def test_bad_mapping(name, tmp_path):
+    given_rows, columns, message = BAD_MAPPINGS[name]
+    with pytest.raises(RecipeError, match=message) as error:
+        load_preferences([DatasetEntry(write(tmp_path / "f.jsonl", given_rows), columns=columns)], seed=0)
+    assert str(error.value).startswith(f"{tmp_path}/f.jsonl: ")
+
+
+# name: (name of a file, its content, keys of the entry, words of the message)
+BAD_SOURCES = {
+    "missing file": ("pairs.jsonl", "", {"path": "pair.jsonl"}, "pair.jsonl: no such file; .*mean pairs.jsonl"),
+    "missing folder": ("f.jsonl", "", {"path": "a/b/c"}, "a/b/c: no such file or folder"),
+    "missing data_files": ("f.jsonl", "", {"path": ".", "data_files": "g.jsonl"}, "no such file; .*`data_files`"),
+    "other kind of file": ("f.txt", "x", {"path": "f.txt"}, "unknown kind of file; `path` reads .json,"),
+    "revision of a file": ("f.jsonl", json.dumps(PLAIN), {"path": "f.jsonl", "revision": "x"}, "`revision` has no"),
+    "no byte": ("f.jsonl", "", {"path": "f.jsonl"}, "f.jsonl: no rows"),
+    "no row": ("f.json", "[]", {"path": "f.json"}, "f.json: no rows"),
+    "corrupt line": (
+        "f.jsonl", f'{json.dumps(PLAIN)}\n\n{{"prompt": "q", "chosen\n{json.dumps(PLAIN)}\n', {"path": "f.jsonl"},
+        r"f.jsonl: line 3 is not JSON \(.* at column 24\); mend or remove it",
+    ),
+    "cut line": ("f.jsonl", f'{json.dumps(PLAIN)}\n{{"prompt": "q", "cho', {"path": "f.jsonl"}, "line 2 is not JSON"),
+    "corrupt array": ("f.json", '[\n{"prompt" "q"}]', {"path": "f.json"}, "line 2 is not JSON"),
+    "a number for a row": ("f.jsonl", "3\n", {"path": "f.jsonl"}, "line 1 is a number, not a JSON object"),
+    "corrupt gzip": ("f.jsonl.gz", "not gzip", {"path": "f.jsonl.gz"}, "f.jsonl.gz: "),
+    "corrupt line in a folder": (
+        "f.jsonl", f"{json.dumps(PLAIN)}\n{{", {"path": ".", "data_files": "f.jsonl"}, "f.jsonl: line 2 is not JSON",
+    ),
+    "nothing on the Hub": ("f.jsonl", "", {"path": "nobody/nothing"}, "nobody/nothing: .*the Hub can't be reached"),
+    "no row by the fraction": (
+        "f.jsonl", json.dumps(PLAIN), {"path": "f.jsonl", "fraction": 0.5}, "`fraction: 0.5` of 1 rows leaves none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_SOURCES)
+def test_bad_source(name, tmp_path, monkeypatch):
+    file, content, keys, message = BAD_SOURCES[name]
+    monkeypatch.chdir(tmp_path)
+    Path(file).write_text(content)
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=message) as error:
+        load_preferences([DatasetEntry(**keys, columns=TEXT)], seed=0)
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - started < 5
+
+
+def test_layouts_that_differ_from_file_to_file(tmp_path):
+    write(tmp_path / "a.jsonl", [GOOD])
+    write(tmp_path / "b.jsonl", [{"chosen": "a", "rejected": "b"}])
+    entry = DatasetEntry(str(tmp_path), data_files=["a.jsonl", "b.jsonl"], columns=CHAT)
+    with pytest.raises(
+        RecipeError, match="b.jsonl: rows of mixed layouts: `chosen` is text on line 1 and a list before"
+    ):
+        load_preferences([entry], seed=0)
+
+
+def test_two_sources_of_one_name_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    entries = [DatasetEntry(write(tmp_path / name, [PLAIN]), columns=TEXT) for name in ("f.jsonl", "a/f.jsonl")]
+    with pytest.raises(RecipeError, match="2 entries are called 'f.jsonl'; name each with `source:`"):
+        load_preferences(entries, seed=0)
+
+
+def test_a_hub_that_does_not_answer_is_left_alone(monkeypatch):
+    """A server that takes the connection and never answers: after one timeout the process goes on offline."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.3)
+        sources._leave_the_hub_if_unreachable.cache_clear()
+        started = time.monotonic()
+        with pytest.raises(RecipeError, match="nobody/nothing: .*the Hub can't be reached"):
+            load_preferences([DatasetEntry("nobody/nothing", columns=TEXT)], seed=0)
+        assert time.monotonic() - started < 5
+
+
+# ---------------------------------------------------------------------------------------------- conversations to learn
+def learn(tmp_path: Path, rows: list[dict], **keys) -> list:
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", rows), **keys)
+    loaded = load_conversations([entry], seed=0)
+    assert loaded.column_names == ["messages"]
+    return loaded["messages"][:]
+
+
+def test_whole_conversations(tmp_path):
+    talk = [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")]
+    columns = Columns(conversation="messages")
+    assert learn(tmp_path, [{"messages": talk, "prompt": "a"}], columns=columns) == [talk]
+
+
+def test_whole_conversations_with_other_names(tmp_path):
+    columns = Columns(conversation="talk", messages=Messages("from", "value", {"human": "user", "gpt": "assistant"}))
+    rows = [{"talk": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}]
+    assert learn(tmp_path, rows, columns=columns) == [[user("a"), assistant("b")]]
+
+
+def test_one_answer_of_a_pair(tmp_path):
+    for answer, text in (("chosen", "good"), ("rejected", "bad")):
+        rows = [{side: [user("a"), assistant("b"), *GOOD[side]] for side in PAIR}]
+        wanted = [[user("a"), assistant("b"), user("q"), assistant(text)]]
+        assert learn(tmp_path, rows, columns=CHAT, answer=answer) == wanted
+
+
+def test_the_safer_answer_by_its_column(tmp_path):
+    """`pku` sets safer_response_id to the response that isn't better."""
+    columns = Columns(**{**vars(PKU_OLD), "safer": "safer_response_id"})
+    rows = [pku(0, (True, True)), pku(1, (True, True))]
+    wanted = [[*ASK, assistant("second")], [*ASK, assistant("first")]]
+    assert learn(tmp_path, rows, columns=columns, answer="safer") == wanted
+
+
+def test_the_safer_answer_by_labels_and_severities(tmp_path):
+    """Label first, then severity; equal in both: the better one stays."""
+    columns = Columns(**{**vars(PKU_OLD), "severity": ["response_0_severity_level", "response_1_severity_level"]})
+    none = ([], [])
+    rows = [
+        pku(0, (False, True), (0, 3), none),  # the label speaks for the second, though its severity is higher
+        pku(0, (False, False), (2, 1), none),  # both unsafe: the lower severity
+        pku(1, (False, False), (2, 2), none),  # equal: the better one
+        pku(1, (True, False), (0, 1), none),
+    ]
+    wanted = ["second", "second", "second", "first"]
+    assert learn(tmp_path, rows, columns=columns, answer="safer") == [[*ASK, assistant(text)] for text in wanted]
+
+
+def test_rows_without_an_answer_to_learn(tmp_path, caplog):
+    """No selection follows in the SFT stage, so an empty answer is a bad row; what is dropped is counted."""
+    rows = [{"messages": [user("a"), assistant("b")]}, {"messages": [user("a"), assistant(" ")]}]
+    columns = Columns(conversation="messages")
+    with pytest.raises(RecipeError, match="`messages` ends in an empty answer: row 1"):
+        learn(tmp_path, rows, columns=columns)
+    assert learn(tmp_path, rows, columns=columns, bad_rows="drop") == [rows[0]["messages"]]
+    assert "f.jsonl: 1 rows dropped: `messages` ends in an empty answer" in caplog.text
+    with pytest.raises(RecipeError, match="the answer to learn is empty: row 0"):
+        learn(tmp_path, [{**PLAIN, "chosen": ""}], columns=TEXT)
+
+
+SFT_ERRORS = {
+    "safer without labels": (TEXT, "safer", "`answer: safer` needs columns.safer, safety labels or severities"),
+    "safer column, other answer": (
+        Columns(prompt="prompt", responses=["chosen", "rejected"], better="n", safer="n"), "chosen",
+        "columns.safer goes with `answer: safer`",
+    ),
+    "conversation and pair": (Columns(conversation="prompt", **PAIR), "chosen", "remove columns.chosen"),
+    "conversation and answer": (Columns(conversation="prompt"), "rejected", "whole conversations; remove `answer`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SFT_ERRORS)
+def test_bad_sft_mapping(name, tmp_path):
+    columns, answer, message = SFT_ERRORS[name]
+    with pytest.raises(RecipeError, match=message):
+        learn(tmp_path, [PLAIN], columns=columns, answer=answer)
+
+
+# ----------------------------------------------------------------------------- flat conversations against plain lists
+MESSAGE_LISTS = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["user", "assistant"]), "content": st.sampled_from(["", "a", "b"])}
+    ),
+    max_size=3,
+)
+
+
+def read(lists: list[list[dict]]) -> flat.Conversations:
+    return flat.from_messages(pa.array(lists, flat.MESSAGES), Messages())
+
+
+@given(st.lists(st.tuples(MESSAGE_LISTS, MESSAGE_LISTS, st.sampled_from(["", "a", "b"])), max_size=6))
+def test_flat_conversations_do_what_lists_do(rows):
+    left, right, texts = [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
+    flat_left, flat_texts = read(left), pa.array(texts, pa.string())
+    assert flat.to_lists(flat_left).to_pylist() == left
+    assert flat.equal(flat_left, read(right)).tolist() == [a == b for a, b, _ in rows]
+    wanted = [any(message["content"] == text for message in a) for a, _, text in rows]
+    assert flat.contains(flat_left, flat_texts).tolist() == wanted
+    assert flat.to_lists(flat.append(flat_left, flat_texts)).to_pylist() == [[*a, assistant(t)] for a, _, t in rows]
+    head, roles, contents = flat.split_last(flat_left)
+    assert flat.to_lists(head).to_pylist() == [a[:-1] for a in left]
+    assert roles.to_pylist() == [a[-1]["role"] if a else None for a in left]
+    assert contents.to_pylist() == [a[-1]["content"] if a else None for a in left]
+
+
+def test_a_slice_of_a_column_reads_its_own_messages():
+    """Arrow's slices share their messages with the column; a null and an empty list hold none."""
+    column = pa.array([[user("a")], None, [], [user("b"), assistant("c")], [user("d")]], flat.MESSAGES)
+    conversations = flat.from_messages(column.slice(1, 3), Messages())
+    assert conversations.lengths.tolist() == [0, 0, 2]
+    assert conversations.contents.to_pylist() == ["b", "c"]
