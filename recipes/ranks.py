@@ -1,12 +1,12 @@
 """What the processes of a run do together: start, decide once for all, agree, and notice when one is gone."""
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,7 +23,7 @@ from runs import flatten
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 3.0
-LOST_SECONDS = 30.0
+LOST_SECONDS = 45.0  # so that a lost node ends the job within a minute everywhere
 PEER_LOST = 70  # exit code of a rank that stops because another one is gone
 
 
@@ -180,7 +180,7 @@ def check_shared_folder(folder: str | Path) -> None:
 
 class Watch:
     """
-    A pulse that every rank sends to rank 0, so that a node that hangs or cannot be reached ends the run everywhere.
+    A pulse between rank 0 and every other, so that a node that hangs or cannot be reached ends the run everywhere.
 
     A process that dies closes its connections and its peers fail at once, but one that is frozen, or behind a dead
     link, leaves them waiting until the timeout of the collective (half an hour). Call `stop` when the work is done.
@@ -189,14 +189,21 @@ class Watch:
     def __init__(self, lost_after: float = LOST_SECONDS) -> None:
         self.lost_after = lost_after
         self.done = threading.Event()
+        self.links: list[socket.socket] = []
         if not dist.is_initialized():
             return
-        address = [os.environ["MASTER_ADDR"], _free_port() if rank() == 0 else None]
-        dist.broadcast_object_list(address, src=0)
-        timeout = timedelta(seconds=lost_after)
-        # wait_for_workers is off: the constructor of rank 0 must return before the others can connect.
-        self.store = dist.TCPStore(*address, world_size(), rank() == 0, timeout, wait_for_workers=False)
-        threading.Thread(target=self._watch if rank() == 0 else self._beat, daemon=True).start()
+        # Sockets of our own: a read from torch's TCPStore has no timeout once its server stands still.
+        server = _listen() if rank() == 0 else None
+        port = [server.getsockname()[1] if server else None]
+        dist.broadcast_object_list(port, src=0)
+        if server:
+            self._start(self._accept, server)
+        else:
+            link = socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=self.lost_after)
+            self._send(link, f"rank {rank()} on {socket.gethostname()}")
+            self.links.append(link)
+            self._start(self._follow, link, "rank 0")
+        self._start(self._beat)
 
     def stop(self) -> None:
         """Wait for all ranks, then watch no more."""
@@ -204,36 +211,48 @@ class Watch:
             dist.barrier()
         self.done.set()
 
+    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+
+    def _accept(self, server: socket.socket) -> None:
+        while True:
+            link, _ = server.accept()
+            link.settimeout(self.lost_after)
+            self.links.append(link)
+            self._start(self._follow, link, None)
+
     def _beat(self) -> None:
-        count = 0
         while not self.done.wait(BEAT_SECONDS):
-            count += 1
+            for link in list(self.links):
+                self._send(link, "")
+
+    def _follow(self, link: socket.socket, peer: str | None) -> None:
+        """Read a peer's lines: its name if it is not known yet, empty ones as pulse, and any other as the end."""
+        lines = link.makefile()
+        verdict = None
+        while verdict is None:
             try:
-                self.store.set(f"beat {rank()}", f"{count} {socket.gethostname()}")
-                verdict = self.store.get("verdict").decode() if self.store.check(["verdict"]) else None
-            except RuntimeError:
-                verdict = "rank 0 has ended or cannot be reached; its own output says why"
-            if verdict and not self.done.wait(BEAT_SECONDS):  # rank 0 may have ended because all is done
-                self._end(verdict)
-
-    def _watch(self) -> None:
-        heard = {peer: ("", time.monotonic()) for peer in range(1, world_size())}
-        while not self.done.wait(BEAT_SECONDS):
-            for peer, (last, when) in heard.items():
-                key = f"beat {peer}"
-                beat = self.store.get(key).decode() if self.store.check([key]) else ""
-                if beat != last:
-                    heard[peer] = (beat, time.monotonic())
-                elif time.monotonic() - when > self.lost_after:
-                    host = f" on {last.split()[1]}" if last else ""
-                    verdict = f"rank {peer}{host} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
-                    self.store.set("verdict", verdict)
-                    time.sleep(2 * BEAT_SECONDS)  # let the others read it before the store ends with this process
-                    self._end(verdict)
-
-    def _end(self, verdict: str) -> None:
+                line = lines.readline()
+            except OSError:  # the timeout is one
+                verdict = f"{peer or 'a rank'} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
+                break
+            if not line:
+                verdict = f"{peer or 'a rank'} has ended; its own output says why"
+            elif peer is None:
+                peer = line.strip()
+            else:
+                verdict = line.strip() or None
+        if self.done.wait(BEAT_SECONDS):
+            return  # the peer has ended because all is done
+        for other in self.links:
+            self._send(other, verdict)
         print(f"error: rank {rank()} on {socket.gethostname()} stops: {verdict}", file=sys.stderr, flush=True)
         os._exit(PEER_LOST)
+
+    @staticmethod
+    def _send(link: socket.socket, line: str) -> None:
+        with contextlib.suppress(OSError):  # whoever reads from this link tells what is wrong with it
+            link.sendall(f"{line}\n".encode())
 
 
 def _digest(value: Any) -> str:
@@ -244,10 +263,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+def _listen() -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+    return socket.create_server(("", 0))
 
 
 def _interface_towards(host: str) -> str:
