@@ -378,6 +378,13 @@ def test_fraction_is_drawn_by_the_seed(tmp_path):
     assert load_preferences([entry], seed=42)[0]["chosen"][:] != rows["chosen"][:]
 
 
+def test_a_bad_row_of_a_fraction_keeps_its_number(tmp_path):
+    rows = [{"p": "p", "chosen": None if n == 9 else "c", "rejected": "r"} for n in range(29)]
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", rows), fraction=0.2, columns=Columns(prompt="p", **PAIR))
+    with pytest.raises(RecipeError, match=r"1 of 5 rows can't be used .*: `chosen` is null: row 9;"):
+        load_preferences([entry], seed=42)
+
+
 @pytest.mark.parametrize(
     ("rows", "fraction", "kept"), [(297_394, 0.2, 59_478), (100, 0.29, 29), (7, 1.0, 7), (3, 0.3, 0)]
 )
@@ -805,6 +812,11 @@ def test_flat_conversations_do_what_lists_do(rows):
     assert flat.to_lists(head).to_pylist() == [a[:-1] for a in left]
     assert roles.to_pylist() == [a[-1]["role"] if a else None for a in left]
     assert contents.to_pylist() == [a[-1]["content"] if a else None for a in left]
+
+
+def test_prompts_that_differ_in_a_role_alone_are_not_equal():
+    left, right = read([[user("a"), user("b")], [user("a")]]), read([[user("a"), assistant("b")], [user("a")]])
+    assert flat.equal(left, right).tolist() == [False, True]
 
 
 def test_a_slice_of_a_column_reads_its_own_messages():
