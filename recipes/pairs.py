@@ -6,12 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig
 
-from arguments import DatasetEntry, Margin, Selection
-from buffer import Audit, select_rows
+from arguments import DatasetEntry, PreferenceRecipe
+from audit import Audit
+from buffer import select_rows
 from margins import margin_warnings, pair_classes, row_margins
 from preferences import load_preferences
-from tokens import end_token_notice, render, tokenize_rows, with_system_message
+from tokens import end_token_notice, render, template_digest, tokenize_rows, with_system_message
 
 
 @dataclass(frozen=True)
@@ -38,49 +40,57 @@ class Pairs:
 
 def prepare_pairs(
     entries: list[DatasetEntry],
-    selection: Selection,
-    margin: Margin,
+    recipe: PreferenceRecipe,
+    args: DPOConfig,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    max_length: int | None,
-    system_message: str | None,
-    seed: int,
-    held_out: Dataset | None = None,
-    reference_gap: Callable[[Dataset], np.ndarray] | None = None,
-    hygiene_only: bool = False,
-    num_proc: int | None = None,
+    held_out: "Pairs | None" = None,
+    reference_gaps: Callable[[Dataset], np.ndarray] | None = None,
+    evaluation: bool = False,
 ) -> Pairs:
     """
+    Every rank gets the same rows: rank 0 computes them, the others read its caches.
+
     Args:
+        entries: the recipe's `datasets` or `eval_datasets`.
+        recipe, args: settings of selection, margin, lengths and seed.
         held_out: evaluation rows, whose prompts the n-gram rule of the hygiene keeps out of these.
-        reference_gap: log π_ref(y_w) − log π_ref(y_l) of rows, where `selection.score.signal` asks for it.
-        hygiene_only: an evaluation set: neither relabelled beyond the label policy, nor filtered, nor cut to quotas.
+        reference_gaps: log π_ref(y_w) − log π_ref(y_l) of tokenised rows, for `selection.score.signal: reference_gap`.
+        evaluation: select for hygiene only: no relabelling, no filter, no quotas.
 
     Raises:
         RecipeError: see `load_preferences`, `select_rows`, `tokenize_rows` and `row_margins`.
     """
-    rows, bad_rows = load_preferences(entries, seed, num_proc)
+    settings, max_length, num_proc = recipe.selection, args.max_length, args.dataset_num_proc
+    seed = args.seed if settings.seed is None else settings.seed
+
+    by_reference = settings.score is not None and settings.score.signal == "reference_gap"
 
     def count_prompt_tokens(prompts: list[list[dict]]) -> list[int]:
-        conversations = [with_system_message(prompt, system_message) for prompt in prompts]
+        conversations = [with_system_message(prompt, recipe.system_message) for prompt in prompts]
         return [len(ids) for ids in render(tokenizer, conversations, open_turn=True)]
 
+    def tokenize(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
+        return tokenize_rows(rows, tokenizer, max_length, recipe.system_message, num_proc)
+
+    rows, bad_rows = load_preferences(entries, seed, num_proc)
     kept, audit = select_rows(
         rows,
-        selection,
+        settings,
         seed=seed,
         max_length=max_length,
         count_prompt_tokens=count_prompt_tokens,
-        eval_prompts=None if held_out is None else held_out["prompt"],
-        reference_gap=reference_gap,
-        hygiene_only=hygiene_only,
+        eval_prompts=None if held_out is None else held_out.dataset["prompt"],
+        reference_gap=lambda rows: reference_gaps(tokenize(rows)[0]),
+        hygiene_only=evaluation,
         num_proc=num_proc,
         bad_rows=bad_rows,
+        # Decisions that the reference model took are not kept: its weights are no part of this key.
+        cache_key=None if by_reference else template_digest(tokenizer, recipe.system_message),
     )
-    tokenized, cut = tokenize_rows(kept, tokenizer, max_length, system_message, num_proc)
-    values = row_margins(tokenized, margin)
-    relabelled = (selection.labels or "helpful") != "helpful"
-    warnings = margin_warnings(tokenized, margin, values, relabelled)
+    tokenized, cut = tokenize(kept)
+    values = row_margins(tokenized, recipe.margin)
+    warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")
     notice = end_token_notice(tokenized, tokenizer)
     columns = {
         "row": np.arange(len(tokenized)),

@@ -15,9 +15,10 @@ def numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
-def select_parameters(model: nn.Module, patterns: list[str]) -> tuple[int, int]:
+def select_parameters(model: nn.Module, patterns: list[str] | None) -> tuple[int, int]:
     """
     Freeze every parameter whose name matches none of the patterns (regular expressions, searched in the name).
+    None leaves all of them trainable.
 
     BFPO (arXiv 2408.15313) trains `down_proj` alone: on Mistral-7B 32 × 4096 × 14336 = 1,879,048,192 of 7.24 B.
 
@@ -27,6 +28,8 @@ def select_parameters(model: nn.Module, patterns: list[str]) -> tuple[int, int]:
     Raises:
         RecipeError: a pattern that matches no parameter; the message lists near names.
     """
+    if patterns is None:
+        return count_parameters(model)
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
         try:

@@ -1,89 +1,113 @@
-"""Loading the policy and the reference, and the proof that what was saved is what was trained."""
+"""The policy and its reference: loading them, and the proof that what was saved is what was trained."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from trl import ModelConfig
+from trl import DPOConfig, ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from errors import RecipeError
-from prefix import HEAD_OUTPUTS, PaddedCollator, pair_logps
+from prefix import HEAD_OUTPUTS, PaddedCollator, pair_logps, unsupported_reason
+from ranks import first_rank_decides, rank
+from reference import DEFAULT_FOLDER, ReferenceCache, namespace
+from weights import weights_digest
+
+FLOAT_ERROR, HALF_ERROR = 1e-4, 0.05  # of a log-probability's size, for weights of 32 and of 16 bits
+ROWS_COMPARED = 4
 
 
-def load_model(model: ModelConfig) -> PreTrainedModel:
-    """A causal language model in the recipe's dtype; code from the Hub is never run, weights are safetensors."""
+def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
+    """
+    A causal language model in the recipe's dtype. Code from the Hub is never run, and weights are safetensors.
+
+    Args:
+        model: the recipe's model settings.
+        path: another model than the recipe's, in the same precision.
+    """
+    path, revision = (model.model_name_or_path, model.model_revision) if path is None else (path, None)
     try:
         return AutoModelForCausalLM.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            dtype=model.dtype if model.dtype in ("auto", None) else getattr(torch, model.dtype),
+            path,
+            revision=revision,
+            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
             attn_implementation=model.attn_implementation,
             trust_remote_code=False,
             use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"{model.model_name_or_path}: the model cannot be loaded: {error}") from error
+        raise RecipeError(f"model {path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
-def load_saved(folder: str, base: ModelConfig) -> PreTrainedModel:
-    """What a run saved: a model, or an adapter on the recipe's model."""
-    if not (Path(folder) / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    from peft import PeftModel
+def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
+    """Whether pairs share their prompt's computation; a line says why not where the recipe wants it."""
+    reason = unsupported_reason(model, max_length) if wanted else None
+    if reason and rank() == 0:
+        print(f"note: prefix_sharing falls back to padded pairs: {reason}", flush=True)
+    return wanted and reason is None
 
-    return PeftModel.from_pretrained(load_model(base), folder)
+
+def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig) -> ReferenceCache:
+    """The cache of the reference's log-probabilities: the recipe's model, in the precision of its forward."""
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    digest = weights_digest(model.model_name_or_path, model.model_revision)
+    return ReferenceCache(folder or DEFAULT_FOLDER, namespace(digest, model.dtype, autocast))
 
 
-@torch.no_grad()
 def verify_saved(
     folder: str,
     base: ModelConfig,
     trained: torch.nn.Module,
     accelerator: Accelerator,
-    examples: list[dict[str, Any]],
+    rows: Dataset,
     pad_token_id: int,
 ) -> float:
     """
-    Load the saved weights again and compare log-probabilities with those of the model in memory.
+    Load the saved weights again and compare the log-probabilities of a few rows with the trained model's.
 
-    Every rank runs the model in memory (ZeRO-3 gathers its weights for each forward); rank 0 loads the saved one.
+    Every rank runs the trained model (ZeRO-3 gathers its weights for each forward); rank 0 loads the saved one.
 
     Returns:
-        The largest difference, relative to the log-probability.
+        The largest difference, as a part of the log-probability.
 
     Raises:
-        RecipeError: the difference is above float error (1e-4; 5 % for weights of 16 bits).
+        RecipeError: it is above float error; on every rank.
     """
-    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
-    batch = PaddedCollator(pad_token_id)([{key: example[key] for key in columns} for example in examples])
+    examples = rows.select(range(min(ROWS_COMPARED, len(rows)))).select_columns(
+        ["prompt_ids", "chosen_ids", "rejected_ids"]
+    )
+    batch = PaddedCollator(pad_token_id)(examples.to_list())
     batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-    was_training = trained.training
-    trained.eval()
-    with accelerator.autocast():
-        expected = pair_logps(trained, batch)
-    trained.train(was_training)
-    difference = 0.0
-    if accelerator.is_main_process:
-        saved = load_saved(folder, base).to(accelerator.device).eval()
-        add_fused_lm_head(
-            saved.get_base_model() if hasattr(saved, "peft_config") else saved,
-            outputs=HEAD_OUTPUTS,
-        )
-        with accelerator.autocast():
-            found = pair_logps(saved, batch)
-        for before, after in (
-            (expected.chosen_logps, found.chosen_logps),
-            (expected.rejected_logps, found.rejected_logps),
-        ):
-            relative = (before - after).abs() / before.abs().clamp(min=1.0)
-            difference = max(difference, relative.max().item())
-        half = saved.dtype in (torch.bfloat16, torch.float16) or accelerator.mixed_precision in ("bf16", "fp16")
-        if not difference <= (0.05 if half else 1e-4):
+    expected = _answer_logps(trained, batch, accelerator)
+
+    def compare() -> float:
+        if (Path(folder) / "adapter_config.json").is_file():
+            saved = PeftModel.from_pretrained(load_model(base), folder)
+            add_fused_lm_head(saved.get_base_model(), outputs=HEAD_OUTPUTS)
+        else:
+            saved = load_model(base, folder)
+            add_fused_lm_head(saved, outputs=HEAD_OUTPUTS)
+        found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
+        difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
+        half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"
+        if not difference <= (HALF_ERROR if half else FLOAT_ERROR):
             raise RecipeError(
-                f"{folder}: the saved weights were loaded again and give other log-probabilities than the trained "
-                f"model (off by {difference:.2g} of their size); do not use them, and keep the last checkpoint"
+                f"{folder}: the saved weights, loaded again, give other log-probabilities than the trained model (off "
+                f"by {difference:.2g} of their size): do not use them; the last checkpoint in that folder is whole"
             )
-    return difference
+        return difference
+
+    return first_rank_decides(compare)
+
+
+@torch.no_grad()
+def _answer_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+    training = model.training
+    model.eval()
+    with accelerator.autocast():
+        outputs = pair_logps(model, batch)
+    model.train(training)
+    return torch.cat([outputs.chosen_logps, outputs.rejected_logps]).float()

@@ -3,40 +3,46 @@
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from errors import RecipeError
+from runs import check_tokenizer
 
 
 def load_tokenizer(
-    path: str, revision: str | None = None, chat_template_path: str | None = None
+    model: ModelConfig, chat_template_path: str | None = None, pad_token: str | None = None
 ) -> PreTrainedTokenizerBase:
     """
-    The tokenizer of a model, with the recipe's chat template where it names one.
+    The tokenizer of a model, with the recipe's chat template and pad token where it names them.
 
     Raises:
         RecipeError: no tokenizer there, no pad token, no chat template, or no end-of-text token.
     """
+    path = model.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision, padding_side="left")
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: no tokenizer can be loaded from there ({str(error).splitlines()[0]})") from error
+        raise RecipeError(f"model {path}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
     if chat_template_path is not None:
         template = Path(chat_template_path)
         if not template.is_file():
-            raise RecipeError(f"chat_template_path: {template} is not a file")
+            raise RecipeError(f"chat_template_path: {template} is not a file; name a .jinja file")
         tokenizer.chat_template = template.read_text(encoding="utf-8")
-    if tokenizer.chat_template is None:
-        raise RecipeError(
-            f"{path}: the tokenizer has no chat template; name one by chat_template_path "
-            "(recipes/mistral-7b/zephyr.jinja is one)"
-        )
-    if tokenizer.eos_token is None:
-        raise RecipeError(f"{path}: the tokenizer has no end-of-text token, so no answer could ever end")
-    if tokenizer.pad_token is None:
-        raise RecipeError(f"{path}: the tokenizer has no pad token; name one by pad_token, e.g. pad_token: <unk>")
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise RecipeError(f"pad_token: the tokenizer of {path} has no token {pad_token!r}; name one that it has")
+        tokenizer.pad_token = pad_token
+    check_tokenizer(tokenizer, path)
     return tokenizer
+
+
+def template_digest(tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> str:
+    """What the token ids of a conversation depend on: vocabulary, merges, template, system message."""
+    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(system_message))
+    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
 
 
 def with_system_message(messages: list[dict[str, str]], system_message: str | None) -> list[dict[str, str]]:

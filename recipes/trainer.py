@@ -1,13 +1,14 @@
 """TRL's DPOTrainer with the shifted reward margin: one loss override, and the metrics that belong to it."""
 
 import contextlib
+import copy
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
@@ -17,9 +18,13 @@ from checkpoints import CompleteCheckpoints
 from losses import shifted_margin_loss, target_sign
 from margins import link_settings
 from pair_metrics import PairMetrics
+from parsing import Resolved
+from policy import load_model, open_cache, share_prefixes
 from prefix import HEAD_OUTPUTS, PaddedCollator, PairOutputs, PrefixSharedCollator, enable_prefix_sharing, pair_logps
 from reference import ReferenceCache, reference_logps
-from replay import ReplaySampler
+from replay import EpochCallback, ReplaySampler
+from throughput import Throughput
+from tripwires import Tripwires
 
 TRAINING_COLUMNS = [
     "row",
@@ -34,7 +39,7 @@ TRAINING_COLUMNS = [
 ]
 
 
-class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
+class ShiftedMarginTrainer(Tripwires, CompleteCheckpoints, DPOTrainer):
     """
     DPO with a margin per row (`losses.shifted_margin_loss`), over prefix-shared or padded micro-batches.
 
@@ -90,6 +95,8 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
         if self.ref_model is not None:
             # TRL leaves the reference's head to log-probabilities alone; one head for both is one code path.
             add_fused_lm_head(self.accelerator.unwrap_model(self.ref_model), outputs=HEAD_OUTPUTS)
+        self.throughput = Throughput(self.model)
+        self.add_callback(self.throughput)
         self.pair_metrics = {mode: PairMetrics(self.accelerator.device) for mode in ("train", "eval")}
 
     # Rows arrive tokenised, cut and counted; TRL's own pass would cut and drop without a word.
@@ -101,7 +108,7 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return ReplaySampler(
+        sampler = ReplaySampler(
             np.asarray(dataset["is_buffer"]),
             pair_lengths(dataset),
             task=self.replay.task,
@@ -111,6 +118,9 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
             accumulation=self.args.gradient_accumulation_steps,
             seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
+        self.remove_callback(EpochCallback)
+        self.add_callback(EpochCallback(sampler))
+        return sampler
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.margin.reference_free:
@@ -133,7 +143,8 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
             # The policy is not prepared yet: DeepSpeed's parameters are still on the CPU, or sharded.
             self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
         model = self._precompute_engine or self.ref_model or self.model
-        batch = self._prepare_inputs(self.data_collator(examples))
+        columns = [{key: example[key] for key in TRAINING_COLUMNS if key in example} for example in examples]
+        batch = self._prepare_inputs(self.data_collator(columns))
         with self.accelerator.autocast():
             outputs = self._reference_outputs(model, batch)
         return outputs.chosen_logps, outputs.rejected_logps
@@ -206,6 +217,10 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
         rows = (stats, tokens, inputs["pair_class"], inputs["is_buffer"])
         if self.model.training:
             self.pair_metrics["train"].add(*rows)
+            computed = inputs["input_ids"].numel()
+            lengths = inputs.get("pair_lengths")
+            longest = lengths and max(k + max(n, m) for k, n, m in lengths)
+            self.throughput.count(len(delta), computed, 2 * len(delta) * longest if lengths else computed)
             return
         # Ranks repeat rows to fill the last batch of an evaluation; gather_for_metrics takes the repeats out.
         rows = self.accelerator.gather_for_metrics(rows)
@@ -232,6 +247,8 @@ class ShiftedMarginTrainer(CompleteCheckpoints, DPOTrainer):
                 # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
                 logs["eval_loss"] = loss
             self._metrics[mode] = self._metrics[mode].__class__(list, {key: [value] for key, value in report.items()})
+            if mode == "train":
+                logs |= self.throughput.report()
         super().log(logs, start_time)
 
 
@@ -263,3 +280,33 @@ def pair_lengths(dataset: Dataset) -> np.ndarray:
         np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in table[f"{part}_ids"].chunks])
         for part in ("prompt", "chosen", "rejected")
     )
+
+
+def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """
+    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) in nats.
+
+    The pass fills the reference cache, so the run that follows computes none of these rows again.
+
+    Args:
+        rows: tokenised rows. N of them.
+
+    Returns:
+        Shape: (N,).
+    """
+    for name, value in {"row": 0, "margin": 0.0, "pair_class": 0, "is_buffer": False}.items():
+        rows = rows.add_column(name, np.full(len(rows), value))
+    args = copy.copy(resolved.training)
+    args.precompute_ref_log_probs = True
+    model = load_model(resolved.model)
+    scored = ShiftedMarginTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        margin=Margin(),
+        replay=Replay(),
+        prefix_sharing=share_prefixes(resolved.recipe.prefix_sharing, model, args.max_length),
+        reference_cache=open_cache(resolved.recipe.reference_cache, resolved.model, args),
+        processing_class=tokenizer,
+    ).train_dataset
+    return np.subtract(scored["ref_chosen_logps"], scored["ref_rejected_logps"])

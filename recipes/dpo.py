@@ -1,0 +1,89 @@
+"""
+Align a model on preference pairs: selective buffer, shifted reward margin, selective parameters.
+
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/dpo.py --config my.yaml [--key value …]
+"""
+
+from functools import partial
+
+from errors import exits_cleanly
+from runs import prepare_environment
+
+
+@exits_cleanly
+def main() -> None:
+    prepare_environment()  # before the first import of torch
+    from session import begin, open_run
+
+    # ---------------------------------------------------------------- the run
+    resolved = open_run("dpo")
+    recipe, args = resolved.recipe, resolved.training
+
+    # torch, transformers and TRL take seconds to import: a misspelt key is told before.
+    from buffer import refuse_overlap
+    from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from pairs import prepare_pairs
+    from parameters import lora_config, select_parameters
+    from policy import load_model, open_cache, share_prefixes, verify_saved
+    from ranks import Watch, agree, rank
+    from report import MetricsFile
+    from results import finish, show_selection
+    from tokens import load_tokenizer
+    from trainer import ShiftedMarginTrainer, reference_gaps
+
+    watch = Watch()
+    if recipe.eval_datasets and not args.resume_from_checkpoint:
+        args.eval_on_start = True  # the "before" of every table
+
+    # ---------------------------------------------------------------- rows: load, select, tokenise, give margins
+    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, args.pad_token)
+    held_out = None
+    if recipe.eval_datasets:
+        held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)
+    gaps = partial(reference_gaps, resolved=resolved, tokenizer=tokenizer)
+    train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
+    if held_out is not None:
+        refuse_overlap(train.dataset, held_out.dataset)
+    agree("rows", train.audit.digest)
+    if rank() == 0:
+        show_selection(train, recipe.margin, args.beta)
+
+    # ---------------------------------------------------------------- the policy, and what of it is trained
+    model = load_model(resolved.model)
+    select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+
+    # ---------------------------------------------------------------- the trainer
+    live = not (args.precompute_ref_log_probs or resolved.model.use_peft or recipe.margin.reference_free)
+    stop = StopOnSignal()
+    trainer = ShiftedMarginTrainer(
+        model=model,
+        ref_model=load_model(resolved.model) if live else None,
+        processing_class=tokenizer,
+        args=args,
+        train_dataset=train.dataset,
+        eval_dataset=held_out and held_out.dataset,
+        margin=recipe.margin,
+        replay=recipe.selection.replay,
+        prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
+        reference_cache=open_cache(recipe.reference_cache, resolved.model, args),
+        peft_config=lora_config(resolved.model, recipe.trainable_parameters),
+        callbacks=[MetricsFile(), stop],
+    )
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        check_fits(checkpoint, launched_as(trainer))
+
+    # ---------------------------------------------------------------- train, save, prove what was saved, report
+    begin(resolved, train.audit)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    stop.exit_if_stopped(trainer.state.global_step)
+    trainer.save_model()
+    verify_saved(
+        args.output_dir, resolved.model, trainer.model, trainer.accelerator, train.dataset, tokenizer.pad_token_id
+    )
+    finish(trainer, output, held_out, recipe.margin)
+    watch.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The opening of a run, the same for every script: recipe, network, ranks, model path and output folder."""
+
+from pathlib import Path
+from typing import Any
+
+from arguments import DatasetEntry
+from parsing import Kind, Resolved, build, resolve, save_recipe
+from runs import (
+    check_model_path,
+    claim_output_dir,
+    go_offline_if_local,
+    prepare_wandb,
+    spare_cpu_compile,
+    versions,
+)
+
+
+def open_run(kind: Kind) -> Resolved:
+    """
+    Check the recipe before anything is loaded, join the ranks, and claim the output folder.
+
+    Raises:
+        RecipeError: on every rank, whichever found the fault.
+    """
+    settings = resolve(kind)
+    values = settings.values
+    entries: list[DatasetEntry] = [*settings.recipe.datasets, *settings.recipe.eval_datasets]
+    go_offline_if_local([values["model_name_or_path"], *(entry.path for entry in entries)])
+
+    # torch takes seconds to import: a misspelt key is told before.
+    from ranks import agree, check_world, first_rank_decides, join_processes, rank
+
+    spare_cpu_compile()
+    join_processes(timeout=settings.training.get("ddp_timeout", 1800))
+    check_world(settings.recipe.num_processes)
+    agree("recipe", values)
+    agree("versions", versions())
+    first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
+    resuming = bool(values.get("resume_from_checkpoint"))
+    if kind != "evaluate":
+        first_rank_decides(lambda: claim_output_dir(values["output_dir"], values, resuming))
+    resolved = build(settings)
+    if rank() == 0:
+        for line in resolved.announcements:
+            print(f"note: {line}", flush=True)
+    return resolved
+
+
+def begin(resolved: Resolved, audit: Any = None) -> None:
+    """What rank 0 leaves in the output folder before the first step: the resolved recipe and the selection's audit."""
+    from ranks import rank
+
+    if rank() != 0:
+        return
+    folder = Path(resolved.training.output_dir)
+    save_recipe(resolved, folder)
+    if audit is not None:
+        audit.save(folder)
+    if "wandb" in resolved.training.report_to:
+        reason = prepare_wandb(folder)
+        if reason:
+            print(f"note: wandb is offline: {reason}", flush=True)
