@@ -17,14 +17,12 @@ every architecture of `SHARED_ARCHITECTURES` to it.
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-ATTENTION = "prefix_shared"  # our name among transformers' attention implementations
+from head import add_answer_head
+from shared_attention import ATTENTION, packed_keys
 
 # Exactness against the padded form is tested for each of these, and is not claimed for any other.
 SHARED_ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")
@@ -78,28 +76,24 @@ class PrefixSharedCollator:
 
     Returns, after the examples' own numbers:
         input_ids, position_ids: shape (1, T), T = Σ (k + n + m − 1).
-        shift_labels: the answers' tokens, chosen before rejected, pair by pair. Shape (1, S), S = Σ (n + m).
-        label_positions: where in the row each of them is predicted. Shape (S,).
+        shift_labels: the token that each position predicts, −100 where that is no answer's. Shape (1, T).
         pair_lengths: ((k, n, m), …) as integers, so that no layer has to ask a GPU for them.
     """
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = row_columns(examples)
-        tokens, positions, labels, label_positions, lengths = [], [], [], [], []
+        tokens, positions, labels, lengths = [], [], [], []
         for example in examples:
             prompt, chosen, rejected = example["prompt_ids"], example["chosen_ids"], example["rejected_ids"]
             k, n, m = len(prompt), len(chosen), len(rejected)
             assert k and n and m, "a pair needs a prompt and two answers of at least one token each"
-            start = len(tokens)
             tokens += [*prompt, *chosen[:-1], prompt[-1], *rejected[:-1]]
             positions += [*range(k + n - 1), *range(k - 1, k - 1 + m)]
-            labels += [*chosen, *rejected]
-            label_positions += range(start + k - 1, len(tokens))
+            labels += [*[-100] * (k - 1), *chosen, *rejected]
             lengths.append((k, n, m))
         batch["input_ids"] = torch.tensor([tokens])
         batch["position_ids"] = torch.tensor([positions])
         batch["shift_labels"] = torch.tensor([labels])
-        batch["label_positions"] = torch.tensor(label_positions)
         batch["pair_lengths"] = tuple(lengths)
         return batch
 
@@ -114,7 +108,7 @@ def unsupported_reason(model: nn.Module, max_length: int | None) -> str | None:
         return "a prompt-learning adapter puts tokens of its own before the prompt"
     window = getattr(config, "sliding_window", None)
     if window is not None and (max_length is None or max_length > window):
-        return f"the model's sliding window of {window} tokens is shorter than max_length ({max_length})"
+        return f"max_length ({max_length}) is not within the model's sliding window of {window} tokens"
     rope = config.rope_parameters["rope_type"]
     if rope not in STATIC_ROPE:
         return f"its {rope} rotary embedding depends on the longest sequence of the batch"
@@ -133,64 +127,7 @@ def enable_prefix_sharing(model: nn.Module) -> None:
     """
     causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
     causal_lm.set_attn_implementation(ATTENTION)
-    causal_lm.base_model.register_forward_hook(_keep_scored_positions, with_kwargs=True)
-
-
-def _keep_scored_positions(backbone: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-    """Hand the head the S positions that predict an answer's token: TRL's head scores all it is given on a CPU."""
-    if kwargs.get("label_positions") is not None:
-        output.last_hidden_state = output.last_hidden_state.index_select(1, kwargs["label_positions"])
-    return output
-
-
-def prefix_shared_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    pair_lengths: tuple[tuple[int, int, int], ...] | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """
-    transformers' attention interface, pair by pair; sdpa for a batch that isn't shared.
-
-    Args:
-        query: shape (1, H, T, D). key, value: shape (1, H_kv, T, D), H a multiple of H_kv.
-        pair_lengths: of prompt, chosen and rejected of each pair, in tokens.
-
-    Returns:
-        The attention's output, shape (1, T, H, D), and None for the weights.
-    """
-    if pair_lengths is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    # One split per tensor: its backward is one concatenation, where a slice's is a row of zeros for each pair.
-    sizes = [size for k, n, m in pair_lengths for size in (k + n - 1, m)]
-    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
-    outputs = []
-    for pair, (k, _, m) in enumerate(pair_lengths):
-        first, second = 2 * pair, 2 * pair + 1
-        outputs.append(
-            F.scaled_dot_product_attention(queries[first], keys[first], values[first], is_causal=True, scale=scaling)
-        )
-        causal = torch.ones(m, k - 1 + m, dtype=torch.bool, device=query.device).tril(k - 1)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                queries[second],
-                torch.cat([keys[first][:, :, : k - 1], keys[second]], dim=2),
-                torch.cat([values[first][:, :, : k - 1], values[second]], dim=2),
-                attn_mask=causal,
-                scale=scaling,
-            )
-        )
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
-
-
-AttentionInterface.register(ATTENTION, prefix_shared_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    add_answer_head(causal_lm)
 
 
 def pair_logps(model: nn.Module, batch: dict[str, Any]) -> PairOutputs:
@@ -204,24 +141,25 @@ def pair_logps(model: nn.Module, batch: dict[str, Any]) -> PairOutputs:
         batch: may hold other columns.
     """
     if "pair_lengths" in batch:
-        inputs = batch["input_ids"]
+        inputs, labels = batch["input_ids"], batch["shift_labels"]
+        on_cpu = inputs.device.type == "cpu"
+        head = {"answer_labels": labels} if on_cpu else {"shift_labels": labels, "fused_lm_head": True}
         outputs = model(
             input_ids=inputs,
             position_ids=batch["position_ids"],
             # A 4-D mask is passed through as it is, so none is built; empty, it fails where it would be applied.
             attention_mask=inputs.new_empty((1, 1, 0, 0)),
-            shift_labels=batch["shift_labels"],
-            label_positions=batch["label_positions"],
             pair_lengths=batch["pair_lengths"],
-            fused_lm_head=True,
+            packed=None if on_cpu else packed_keys(batch["pair_lengths"], inputs.device),
             use_cache=False,
+            **head,
         )
-        lengths = [size for _, n, m in batch["pair_lengths"] for size in (n, m)]
-        tokens = torch.tensor(lengths, device=inputs.device).view(-1, 2).unbind(1)
+        parts = [size for k, n, m in batch["pair_lengths"] for size in (k - 1, n, m)]
+        tokens = torch.tensor(parts, device=inputs.device).view(-1, 3).unbind(1)[1:]
 
         def answer_sums(per_token: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            sums = [answer.sum() for answer in per_token[0].split(lengths)]
-            return torch.stack(sums).view(-1, 2).unbind(1)
+            sums = [part.sum() for part in per_token[0].split(parts)]
+            return torch.stack(sums).view(-1, 3).unbind(1)[1:]
     else:
         mask = batch["completion_mask"]
         outputs = model(

@@ -1,0 +1,109 @@
+"""The head of a shared micro-batch on a CPU: log-probabilities of the answers' tokens, in the model's own precision.
+
+TRL's fused head (`add_fused_lm_head`) is made for GPUs. On a CPU it scores every position, the prompts' too, folds in
+float32 whatever the model's dtype, and projects a second time in the backward; this one does none of that.
+"""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
+
+TILE_TOKENS = 256  # fewer weigh on the matrix products, more on the cache
+
+
+def add_answer_head(model: PreTrainedModel) -> None:
+    """
+    Let `model(…, answer_labels=labels)` return what TRL's fused head would for `shift_labels=labels`, without a loss.
+
+    `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. For models whose logits are
+    a plain projection: no softcapping, no logit scale, no router loss.
+    """
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self: PreTrainedModel, *args: Any, answer_labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if answer_labels is None:
+            return original_forward(*args, **kwargs)
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
+        labels = answer_labels.flatten()
+        scored = (labels != -100).nonzero().squeeze(1)
+        head = self.get_output_embeddings()
+        with maybe_gather_lm_head_ctx(head.weight, head.bias):
+            outputs = AnswerLogProbs.apply(
+                hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, labels[scored]
+            )
+        log_probs, entropy, mean_logits, is_top1 = (
+            output.new_zeros(len(labels)).index_copy(0, scored, output).view_as(answer_labels) for output in outputs
+        )
+        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class AnswerLogProbs(torch.autograd.Function):
+    """
+    Log-probability, entropy, mean logit and whether it is the first choice, of each of N tokens, from N hidden states.
+
+    d log p_t / d hidden = W_t − p·W, but for the factor that arrives in the backward. So the forward computes it while
+    the probabilities are at hand, and the backward needs neither the logits nor W (which ZeRO-3 has taken away by
+    then). The N × V probabilities are kept only where the head itself is trained.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Shapes: hidden (N, H), weight (V, H), bias (V,), targets (N,); four of (N,) are returned."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # sums over the vocabulary
+        inputs, weights = hidden.to(dtype), weight.to(dtype)
+        trains_head = any(ctx.needs_input_grad[1:3])
+        slope = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
+        kept = inputs.new_empty((len(inputs), len(weight))) if trains_head else None
+        statistics = []
+        for start in range(0, len(inputs), TILE_TOKENS):
+            tile = slice(start, start + TILE_TOKENS)
+            logits = torch.mm(inputs[tile], weights.t())
+            if bias is not None:
+                logits += bias.to(dtype)
+            logits = logits.to(wide)
+            mean_logits = logits.mean(1)
+            logits -= logits.amax(1, keepdim=True)
+            target_logits = logits.gather(1, targets[tile, None]).squeeze(1)
+            probabilities = logits.exp()
+            partition = probabilities.sum(1)
+            log_partition = partition.log()
+            probabilities /= partition[:, None]
+            entropy = log_partition - logits.mul_(probabilities).sum(1)
+            statistics.append(torch.stack([target_logits - log_partition, entropy, mean_logits, target_logits]))
+            probabilities = probabilities.to(dtype)
+            if slope is not None:
+                torch.sub(weights[targets[tile]], torch.mm(probabilities, weights), out=slope[tile])
+            if kept is not None:
+                kept[tile] = probabilities
+        log_probs, entropy, mean_logits, below_peak = torch.cat(statistics, dim=1)
+        is_top1 = below_peak == 0
+        ctx.save_for_backward(slope, kept, inputs if trains_head else None, targets)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
+        return log_probs, entropy, mean_logits, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        slope, probabilities, inputs, targets = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = (grad[:, None] * slope).to(hidden_dtype)
+        if ctx.needs_input_grad[1]:
+            scaled = (grad[:, None] * inputs).to(inputs.dtype)
+            grad_weight = torch.mm(probabilities.t(), -scaled).index_add_(0, targets, scaled).to(weight_dtype)
+        if ctx.needs_input_grad[2]:
+            grad = grad.to(probabilities.dtype)
+            grad_bias = (-(grad @ probabilities)).index_add_(0, targets, grad).to(weight_dtype)
+        return grad_hidden, grad_weight, grad_bias, None

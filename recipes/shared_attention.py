@@ -1,0 +1,147 @@
+"""Attention over pairs that lie end to end in one row and share their prompts: see `prefix.py` for the layout.
+
+A pair of k prompt, n chosen and m rejected tokens is two sequences of queries, (P, C_1 … C_(n−1)) and (P_k, R_1 …
+R_(m−1)). The first attends causally to itself; the second to P_1 … P_(k−1) and causally to itself. The cost is that of
+the pairs' own lengths, and no mask over the row is built.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+ATTENTION = "prefix_shared"  # our name among transformers' attention implementations
+
+PairLengths = tuple[tuple[int, int, int], ...]  # (k, n, m) of each pair, in tokens
+
+
+class PackedKeys(NamedTuple):
+    """The 2B sequences of queries of B pairs and the keys of each, as `varlen_attn` takes them."""
+
+    key_index: torch.Tensor  # where in the row each key lies; a prompt's keys are named twice. int64
+    query_starts: torch.Tensor  # first query of each sequence, and the end. Shape (2B + 1,), int32
+    key_starts: torch.Tensor  # first key of each sequence, and the end. Shape (2B + 1,), int32
+    longest_query: int
+    longest_key: int
+
+
+def packed_keys(pair_lengths: PairLengths, device: torch.device | str = "cpu") -> PackedKeys:
+    """The keys of each sequence of queries, on `device`."""
+    index, queries, keys, start = [], [], [], 0
+    for k, n, m in pair_lengths:
+        second = start + k + n - 1
+        index += [torch.arange(start, second), torch.arange(start, start + k - 1), torch.arange(second, second + m)]
+        queries += [k + n - 1, m]
+        keys += [k + n - 1, k - 1 + m]
+        start = second + m
+    query_starts, key_starts = (
+        F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (queries, keys)
+    )
+    return PackedKeys(torch.cat(index).to(device), query_starts, key_starts, max(queries), max(keys))
+
+
+def prefix_shared_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    pair_lengths: PairLengths | None = None,
+    packed: PackedKeys | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    transformers' attention interface; plain sdpa for a batch that isn't shared.
+
+    Args:
+        query: shape (1, H, T, D). key, value: shape (1, H_kv, T, D), H a multiple of H_kv.
+        pair_lengths: of prompt, chosen and rejected of each pair.
+        packed: the same for `varlen_attn`, which is used where it can be.
+
+    Returns:
+        The attention's output, shape (1, T, H, D), and None for the weights.
+    """
+    if pair_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if packed is not None and has_varlen_kernel(query):
+        return _attend_packed(query, key, value, scaling, packed), None
+    return _attend_pair_by_pair(query, key, value, scaling, pair_lengths), None
+
+
+def has_varlen_kernel(query: torch.Tensor) -> bool:
+    """Whether torch's variable-length FlashAttention takes these queries; it has no CPU and no float32 form."""
+    return (
+        query.is_cuda
+        and _attention_dtype(query) in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _attention_dtype(query: torch.Tensor) -> torch.dtype:
+    """Autocast knows sdpa but not `varlen_attn`, and rotary embeddings leave float32 queries under it."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
+def _attend_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: PackedKeys
+) -> torch.Tensor:
+    """
+    All pairs in one call. With fewer queries than keys FlashAttention aligns the causal mask to the bottom right, so
+    the second sequence's first query, P_k, sees the prompt and itself.
+
+    Not run on a GPU yet: the tests run it over a slow form of `varlen_attn`.
+    """
+    dtype = _attention_dtype(query)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    return varlen_attn(
+        query,
+        key.index_select(0, packed.key_index),
+        value.index_select(0, packed.key_index),
+        packed.query_starts,
+        packed.key_starts,
+        packed.longest_query,
+        packed.longest_key,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    ).unsqueeze(0)
+
+
+def _attend_pair_by_pair(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, pair_lengths: PairLengths
+) -> torch.Tensor:
+    """Two calls of sdpa for each pair, in any dtype on any device."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    # One split per tensor: its backward is one concatenation, where a slice's is a row of zeros for each pair.
+    sizes = [size for k, n, m in pair_lengths for size in (k + n - 1, m)]
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    outputs = []
+    for pair, (k, _, m) in enumerate(pair_lengths):
+        first, second = 2 * pair, 2 * pair + 1
+        outputs.append(
+            F.scaled_dot_product_attention(queries[first], keys[first], values[first], is_causal=True, scale=scaling)
+        )
+        visible = torch.ones(m, k - 1 + m, dtype=torch.bool, device=query.device).tril(k - 1)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                queries[second],
+                torch.cat([keys[first][:, :, : k - 1], keys[second]], dim=2),
+                torch.cat([values[first][:, :, : k - 1], values[second]], dim=2),
+                attn_mask=visible,
+                scale=scaling,
+            )
+        )
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+AttentionInterface.register(ATTENTION, prefix_shared_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
