@@ -36,7 +36,7 @@ def main() -> None:
         args.eval_on_start = True  # the "before" of every table
 
     # ---------------------------------------------------------------- rows: load, select, tokenise, give margins
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, args.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
     held_out = None
     if recipe.eval_datasets:
         held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)

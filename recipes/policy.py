@@ -42,6 +42,13 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
         raise RecipeError(f"model {path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
+def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
+    """What a run has saved in a folder: a model, or an adapter on the recipe's model."""
+    if (Path(folder) / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(load_model(base), folder)
+    return load_model(base, folder)
+
+
 def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
     """Whether pairs share their prompt's computation; a line says why not where the recipe wants it."""
     reason = unsupported_reason(model, max_length) if wanted else None
@@ -84,12 +91,9 @@ def verify_saved(
     expected = _answer_logps(trained, batch, accelerator)
 
     def compare() -> float:
-        if (Path(folder) / "adapter_config.json").is_file():
-            saved = PeftModel.from_pretrained(load_model(base), folder)
-            add_fused_lm_head(saved.get_base_model(), outputs=HEAD_OUTPUTS)
-        else:
-            saved = load_model(base, folder)
-            add_fused_lm_head(saved, outputs=HEAD_OUTPUTS)
+        saved = load_saved(base, folder)
+        network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
+        add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
         found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
         half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"

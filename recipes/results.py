@@ -1,5 +1,8 @@
 """What a preference run shows before it starts and leaves when it ends: tables, result files, plots, model card."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -11,7 +14,7 @@ from figures import draw_plots, plot_margin_histogram
 from margins import PAIR_CLASSES, class_table
 from pairs import Pairs
 from report import evaluation_table, evaluations, margin_table, print_table, read_metrics, stage_table
-from trainer import ShiftedMarginTrainer
+from trainer import ConversationTrainer, ShiftedMarginTrainer
 
 
 def show_selection(pairs: Pairs, margin: Margin, beta: float, title: str = "training") -> None:
@@ -48,6 +51,42 @@ def finish(trainer: ShiftedMarginTrainer, output: TrainOutput, held_out: Pairs |
         before = records[0] if records[0]["step"] == 0 else {}
         print_table("Evaluation, before → after" if before else "Evaluation", *evaluation_table(before, records[-1]))
     print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
+
+
+def finish_sft(trainer: ConversationTrainer, output: TrainOutput) -> None:
+    """The same for an SFT run, which has a loss and a token accuracy."""
+    trainer.save_metrics("train", output.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        draw_plots(trainer.args.output_dir)
+        card = write_card(trainer.args.output_dir, trainer.accelerator.num_processes)
+        print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
+
+
+def show_lengths(trainer: ConversationTrainer, conversations: int) -> None:
+    """What `max_length` has taken from an SFT run's conversations, which TRL cuts and drops without a word."""
+    args, rows = trainer.args, trainer.train_dataset
+    if args.packing or args.max_length is None:
+        return
+    full = sum(len(ids) == args.max_length for ids in rows["input_ids"])
+    if full:
+        print(f"note: {full:,} of {conversations:,} conversations fill max_length {args.max_length} or are cut there")
+    lost = conversations - len(rows)
+    if lost:
+        print(f"note: {lost:,} of {conversations:,} conversations have no answer within max_length and are left out")
+
+
+def write_evaluation(trainer: ShiftedMarginTrainer, metrics: dict[str, float]) -> None:
+    """Print an evaluation and write it to `output_dir`/evaluation.json."""
+    if not trainer.is_world_process_zero():
+        return
+    folder = Path(trainer.args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+    print_table("Evaluation", *evaluation_table({}, metrics))
+    print(f"\nAll of its numbers are in {folder / 'evaluation.json'}", flush=True)
 
 
 def margin_histogram(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> Figure:

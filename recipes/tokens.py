@@ -52,6 +52,17 @@ def with_system_message(messages: list[dict[str, str]], system_message: str | No
     return [{"role": "system", "content": system_message}, *messages]
 
 
+def lead_with(system_message: str | None, conversations: Dataset) -> Dataset:
+    """`with_system_message` of each row's `messages`."""
+    if system_message is None:
+        return conversations
+    return conversations.map(
+        lambda row, message: {"messages": with_system_message(row["messages"], message)},
+        fn_kwargs={"message": system_message},
+        desc="System message",
+    )
+
+
 def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool) -> list[list[int]]:
     """Token ids of each conversation; `open_turn` ends it with the header of the assistant's next turn."""
     # Text first, then one batched call: the same ids as apply_chat_template(tokenize=True), several times sooner.

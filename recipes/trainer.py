@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
@@ -250,6 +250,10 @@ class ShiftedMarginTrainer(Tripwires, CompleteCheckpoints, DPOTrainer):
             if mode == "train":
                 logs |= self.throughput.report()
         super().log(logs, start_time)
+
+
+class ConversationTrainer(Tripwires, CompleteCheckpoints, SFTTrainer):
+    """TRL's SFTTrainer with complete checkpoints and tripwires."""
 
 
 def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: float) -> torch.Tensor:

@@ -1,0 +1,64 @@
+"""
+Hold a checkpoint against preference rows (loss, rewards, both accuracies, per pair class and role), and let it answer.
+
+    accelerate launch recipes/evaluate.py --config runs/my-run/recipe.yaml --model_name_or_path runs/my-run \
+        --reference_model path/of/the/start --output_dir runs/my-evaluation [--prompts prompts.txt]
+"""
+
+from dataclasses import replace
+
+from errors import exits_cleanly
+from runs import prepare_environment
+
+
+@exits_cleanly
+def main() -> None:
+    prepare_environment()  # before the first import of torch
+    from session import open_run
+
+    # ---------------------------------------------------------------- the run
+    resolved = open_run("evaluate")
+    recipe, args = resolved.recipe, resolved.training
+
+    # torch, transformers and TRL take seconds to import: a misspelt key is told before.
+    from generation import answer_prompts, read_prompts
+    from pairs import prepare_pairs
+    from policy import load_model, share_prefixes
+    from ranks import rank
+    from results import show_selection, write_evaluation
+    from tokens import load_tokenizer
+    from trainer import ShiftedMarginTrainer
+
+    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    prompts = read_prompts(recipe.prompts) if recipe.prompts else []
+    model = load_model(resolved.model)
+
+    # ---------------------------------------------------------------- preference rows
+    entries = recipe.eval_datasets or recipe.datasets
+    if entries:
+        pairs = prepare_pairs(entries, recipe, args, tokenizer, evaluation=True)
+        if rank() == 0:
+            show_selection(pairs, recipe.margin, args.beta, "evaluation")
+        reference = load_model(resolved.model, recipe.reference_model) if recipe.reference_model else None
+        args.precompute_ref_log_probs = False
+        trainer = ShiftedMarginTrainer(
+            model=model,
+            ref_model=reference,
+            processing_class=tokenizer,
+            args=args,
+            train_dataset=pairs.dataset,
+            eval_dataset=pairs.dataset,
+            # Without a reference, rewards are beta times the checkpoint's own log-probabilities.
+            margin=replace(recipe.margin, reference_free=reference is None),
+            replay=recipe.selection.replay,
+            prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
+        )
+        write_evaluation(trainer, trainer.evaluate())
+
+    # ---------------------------------------------------------------- answers
+    if prompts:
+        answer_prompts(model, tokenizer, prompts, recipe.system_message, recipe.max_new_tokens, args)
+
+
+if __name__ == "__main__":
+    main()

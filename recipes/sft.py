@@ -1,0 +1,70 @@
+"""
+Teach a model to answer, the stage before preferences: TRL's SFTTrainer over the sources of a recipe.
+
+    accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft.py --config my.yaml [--key value …]
+"""
+
+from errors import exits_cleanly
+from runs import prepare_environment
+
+
+@exits_cleanly
+def main() -> None:
+    prepare_environment()  # before the first import of torch
+    from session import begin, open_run
+
+    # ---------------------------------------------------------------- the run
+    resolved = open_run("sft")
+    recipe, args = resolved.recipe, resolved.training
+
+    # torch, transformers and TRL take seconds to import: a misspelt key is told before.
+    from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from parameters import lora_config, select_parameters
+    from policy import load_model
+    from preferences import load_conversations
+    from ranks import Watch, rank
+    from report import MetricsFile
+    from results import finish_sft, show_lengths
+    from tokens import lead_with, load_tokenizer
+    from trainer import ConversationTrainer
+
+    watch = Watch()
+
+    # ---------------------------------------------------------------- conversations that end in the answer to learn
+    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    train = lead_with(recipe.system_message, load_conversations(recipe.datasets, args.seed, args.dataset_num_proc))
+    held_out = None
+    if recipe.eval_datasets:
+        held_out = load_conversations(recipe.eval_datasets, args.seed, args.dataset_num_proc)
+        held_out = lead_with(recipe.system_message, held_out)
+
+    # ---------------------------------------------------------------- the model, and what of it is trained
+    model = load_model(resolved.model)
+    select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+
+    # ---------------------------------------------------------------- train, save, report
+    stop = StopOnSignal()
+    trainer = ConversationTrainer(
+        model=model,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(resolved.model, recipe.trainable_parameters),
+        callbacks=[MetricsFile(), stop],
+    )
+    if rank() == 0:
+        show_lengths(trainer, len(train))
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    if checkpoint is not None:
+        check_fits(checkpoint, launched_as(trainer))
+    begin(resolved)
+    output = trainer.train(resume_from_checkpoint=checkpoint)
+    stop.exit_if_stopped(trainer.state.global_step)
+    trainer.save_model()
+    finish_sft(trainer, output)
+    watch.stop()
+
+
+if __name__ == "__main__":
+    main()
