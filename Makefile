@@ -23,7 +23,7 @@ LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE)
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate bench test test-fast style style-check
+.PHONY: help setup train evaluate test test-fast style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -1,0 +1,92 @@
+"""What the documentation names exists: paths, commands, make targets, recipe keys; and the rules of the tree hold."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TRACKED = subprocess.run(
+    ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+).stdout.split()
+MARKDOWN = [ROOT / name for name in TRACKED if name.endswith(".md")]
+TEXTS = [
+    ROOT / name
+    for name in TRACKED
+    if (name.endswith((".md", ".yaml", ".py", ".sh", ".slurm")) or name == "Makefile")
+    and not name.startswith("tests/")
+]
+PLACES = r"(?:recipes|accelerate_configs|tests)/[\w./-]*\w"
+
+
+def test_there_is_documentation_to_check():
+    assert len(MARKDOWN) >= 4
+    assert len(TEXTS) >= 50
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_paths_that_are_named_exist(path):
+    named = set(re.findall(PLACES, path.read_text(encoding="utf-8")))
+    missing = [name for name in sorted(named) if not (ROOT / name.rstrip(".")).exists() and "*" not in name]
+    assert not missing
+
+
+@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
+    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+    assert not missing
+
+
+def test_make_targets_that_are_named_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for path in TEXTS:
+        named = set(re.findall(r"(?:^|[\s`])make ([a-z][a-z-]+)(?=[\s`]|$)", path.read_text(encoding="utf-8"), re.M))
+        commands = named & {*targets, "check", "bench", "torture", "train", "test", "style"}
+        assert commands <= targets, f"{path}: {commands - targets}"
+
+
+def test_make_help_lists_every_target():
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert {line.split()[0] for line in shown.splitlines()} == targets
+    assert all(len(line.split()) > 3 for line in shown.splitlines())
+
+
+def test_every_requirement_is_an_exact_pin_with_its_reason():
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) >= 15
+    for line in lines:
+        assert re.match(r"[\w-]+==[\w.]+(\s+#|$)", line), line
+
+
+def test_no_module_bears_the_name_of_an_installed_package():
+    """`recipes/datasets.py` would shadow Hugging Face's: the scripts have recipes/ as sys.path[0]."""
+    modules = [path.stem for path in (ROOT / "recipes").glob("*.py")]
+    assert len(modules) >= 20
+    own = {str(ROOT / "recipes"), str(ROOT / "tests")}
+    elsewhere = [place for place in sys.path if place not in own and place != ""]
+    shadowed = [name for name in modules if importlib.machinery.PathFinder.find_spec(name, elsewhere) is not None]
+    assert not shadowed
+
+
+def test_top_level_holds_what_it_should():
+    expected = {
+        "recipes", "accelerate_configs", "tests", "Makefile", "requirements.txt", "README.md", "LICENSE",
+        "pyproject.toml", "CHANGELOG.md",
+    }  # fmt: skip
+    assert {name.split("/")[0] for name in TRACKED if not name.startswith(".")} == expected
+
+
+def test_readme_is_short_enough_to_be_read():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_every_recipe_is_in_the_table():
+    table = (ROOT / "recipes/README.md").read_text(encoding="utf-8")
+    recipes = [path.relative_to(ROOT / "recipes") for path in (ROOT / "recipes").rglob("*.yaml")]
+    assert len(recipes) >= 10
+    assert not [str(recipe) for recipe in recipes if f"]({recipe})" not in table]
