@@ -26,7 +26,6 @@ def main() -> None:
     from parameters import lora_config, select_parameters
     from policy import load_model, open_cache, share_prefixes, verify_saved
     from ranks import Watch, agree, rank
-    from report import MetricsFile
     from results import finish, show_selection
     from tokens import load_tokenizer
     from trainer import ShiftedMarginTrainer, reference_gaps
@@ -67,7 +66,7 @@ def main() -> None:
         prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
         reference_cache=open_cache(recipe.reference_cache, resolved.model, args),
         peft_config=lora_config(resolved.model, recipe.trainable_parameters),
-        callbacks=[MetricsFile(), stop],
+        callbacks=[stop],
     )
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from errors import RecipeError
 from pair_metrics import GROUPS
@@ -21,6 +21,26 @@ METRICS = "metrics.jsonl"
 
 Record = dict[str, Any]
 Rows = list[list[str]]
+
+
+# On the log line; all else is in metrics.jsonl, which the line would otherwise drown in.
+LOG_LINE = {
+    "loss": "loss", "eval_loss": "eval_loss", "train_loss": "mean loss", "task/loss": "task", "buffer/loss": "buffer",
+    "rewards/margins": "margin", "eval_rewards/margins": "margin", "accuracy_helpful": "helpful",
+    "accuracy_target": "target", "eval_accuracy_helpful": "helpful", "eval_accuracy_target": "target",
+    "mean_token_accuracy": "token accuracy", "grad_norm": "grad_norm", "learning_rate": "lr",
+    "pairs_per_second": "pairs/s", "tokens_per_second": "tokens/s", "tokens_saved": "tokens saved", "mfu": "mfu",
+    "peak_memory_gib": "peak GiB", "train_runtime": "seconds", "eval_runtime": "seconds",
+}  # fmt: skip
+
+
+class LogLine(ProgressCallback):
+    """transformers' progress bar with a log line that fits a terminal."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = [f"{name} {logs[key]:.4g}" for key, name in LOG_LINE.items() if key in logs]
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown))
 
 
 class MetricsFile(TrainerCallback):

@@ -23,7 +23,6 @@ def main() -> None:
     from policy import load_model
     from preferences import load_conversations
     from ranks import Watch, rank
-    from report import MetricsFile
     from results import finish_sft, show_lengths
     from tokens import lead_with, load_tokenizer
     from trainer import ConversationTrainer
@@ -51,7 +50,7 @@ def main() -> None:
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=lora_config(resolved.model, recipe.trainable_parameters),
-        callbacks=[MetricsFile(), stop],
+        callbacks=[stop],
     )
     if rank() == 0:
         show_lengths(trainer, len(train))

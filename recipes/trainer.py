@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
@@ -23,6 +23,7 @@ from policy import load_model, open_cache, share_prefixes
 from prefix import HEAD_OUTPUTS, PaddedCollator, PairOutputs, PrefixSharedCollator, enable_prefix_sharing, pair_logps
 from reference import ReferenceCache, reference_logps
 from replay import EpochCallback, ReplaySampler
+from report import LogLine, MetricsFile
 from throughput import Throughput
 from tripwires import Tripwires
 
@@ -39,7 +40,18 @@ TRAINING_COLUMNS = [
 ]
 
 
-class ShiftedMarginTrainer(Tripwires, CompleteCheckpoints, DPOTrainer):
+class Recorded(Tripwires, CompleteCheckpoints):
+    """What both stages add to TRL's trainers: tripwires, complete checkpoints, metrics.jsonl and a short log line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(MetricsFile())
+        if not self.args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LogLine())
+
+
+class ShiftedMarginTrainer(Recorded, DPOTrainer):
     """
     DPO with a margin per row (`losses.shifted_margin_loss`), over prefix-shared or padded micro-batches.
 
@@ -252,8 +264,8 @@ class ShiftedMarginTrainer(Tripwires, CompleteCheckpoints, DPOTrainer):
         super().log(logs, start_time)
 
 
-class ConversationTrainer(Tripwires, CompleteCheckpoints, SFTTrainer):
-    """TRL's SFTTrainer with complete checkpoints and tripwires."""
+class ConversationTrainer(Recorded, SFTTrainer):
+    """TRL's SFTTrainer."""
 
 
 def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: float) -> torch.Tensor:
