@@ -258,6 +258,8 @@ class StopOnSignal(TrainerCallback):
                 f"stopped by a signal at step {step}, which is saved; start again with resume_from_checkpoint: auto",
                 flush=True,
             )
+        if place := os.environ.get("LAUNCH_EXIT_CODE"):
+            Path(place).write_text(str(SAVED_ON_SIGNAL))  # for launch.sh: accelerate makes a 1 of every code
         os._exit(SAVED_ON_SIGNAL)
 
 

@@ -23,7 +23,7 @@ from runs import flatten
 Result = TypeVar("Result")
 
 BEAT_SECONDS = 3.0
-LOST_SECONDS = 45.0  # so that a lost node ends the job within a minute everywhere
+LOST_SECONDS = 40.0  # so that a lost node ends the job within a minute everywhere
 PEER_LOST = 70  # exit code of a rank that stops because another one is gone
 
 
@@ -68,6 +68,9 @@ def join_processes(timeout: float = 1800.0) -> None:
             f"{master}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}. Check that every node was started with "
             "the same number of machines and processes and can reach that address"
         ) from error
+    # Launchers that were given different numbers meet all the same, and train as a world of neither's size.
+    agree("number of processes per node", os.environ["LOCAL_WORLD_SIZE"])
+    agree("number of processes", world_size())
 
 
 def first_rank_decides(function: Callable[[], Result]) -> Result:

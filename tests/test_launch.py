@@ -1,11 +1,25 @@
 """The launch configurations are what the pinned accelerate accepts; the launchers derive the settings of each node."""
 
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+from checkpoints import newest_complete
+from tiny_run import outcome
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -44,3 +58,292 @@ def test_the_launcher_arrives_at_what_the_file_says(config):
     assert bool(arguments.multi_gpu) == (said["distributed_type"] == "MULTI_GPU")
     for key, value in said.get("deepspeed_config", {}).items():
         assert str(getattr(arguments, key)).lower() == str(value).lower(), key
+
+
+# ---------------------------------------------------------------------------------------------------- launch.sh
+
+LAUNCH = ROOT / "recipes" / "launch.sh"
+CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_configs" / "zero3-nodes.yaml"
+
+
+@pytest.fixture
+def stand_ins(tmp_path) -> Path:
+    """
+    A folder for PATH with what a test machine lacks or must not start: an accelerate that prints what it is given, a
+    node of eight GPUs, Slurm's commands for two nodes.
+    """
+    commands = {
+        "accelerate": 'echo "$@"',
+        "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
+        "hostname": "echo gpu-b",
+        "scontrol": '[ "$1" = show ] && { echo gpu-a; echo gpu-b; } || echo "scontrol $*"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
+    }
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in commands.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def start(
+    stand_ins: Path, *arguments: str | Path, script: Path = LAUNCH, **environment: str
+) -> subprocess.CompletedProcess:
+    slurm = [name for name in os.environ if name.startswith("SLURM_") or name in ("NODES", "CUDA_VISIBLE_DEVICES")]
+    env = {name: value for name, value in os.environ.items() if name not in slurm}
+    env |= {"PATH": f"{stand_ins}:{os.environ['PATH']}"} | environment
+    return subprocess.run(
+        ["bash", script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
+    """The options that the stand-in for accelerate was given."""
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.split("launch ")[1].split()
+    return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
+
+
+@pytest.mark.parametrize("nodes", ["gpu-a gpu-b gpu-c", "gpu-a,gpu-b,gpu-c", "gpu-a\ngpu-b\ngpu-c\n", "file"])
+def test_a_node_derives_its_place(nodes, stand_ins, tmp_path):
+    """This is gpu-b of three nodes with eight GPUs each: rank 1, 24 processes, meeting at gpu-a."""
+    if nodes == "file":
+        (tmp_path / "hosts").write_text("gpu-a slots=8\ngpu-b slots=8\ngpu-c slots=8\n")
+        nodes = str(tmp_path / "hosts")
+    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", "--beta", "0.1", NODES=nodes))
+    assert options["--num_machines"] == "3"
+    assert options["--num_processes"] == "24"
+    assert options["--machine_rank"] == "1"
+    assert options["--main_process_ip"] == "gpu-a"
+    assert options["--config_file"] == str(NODES)
+    assert 20000 <= int(options["--main_process_port"]) < 30000
+
+
+def test_every_node_derives_the_same_port_and_another_job_another(stand_ins):
+    def port(**environment: str) -> str:
+        return options_of(start(stand_ins, NODES, "tests/tiny_run.py", **environment))["--main_process_port"]
+
+    first = port(NODES="gpu-a gpu-b", NODE_RANK="0")
+    assert first == port(NODES="gpu-a,gpu-b", NODE_RANK="1")
+    assert first != port(NODES="gpu-b gpu-c")
+    assert port(NODES="gpu-a gpu-b", PORT="1234") == "1234"
+
+
+def test_one_node_needs_no_list(stand_ins):
+    options = options_of(start(stand_ins, ROOT / "accelerate_configs" / "zero3.yaml", "tests/tiny_run.py"))
+    assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("1", "8", "0")
+    two = start(stand_ins, ROOT / "accelerate_configs" / "zero3.yaml", "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="2,5")
+    assert options_of(two)["--num_processes"] == "2"
+
+
+def test_processes_of_a_cpu_config_are_shared_out(stand_ins):
+    assert options_of(start(stand_ins, CPU, "tests/tiny_run.py"))["--num_processes"] == "2"
+    options = options_of(start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b"))
+    assert (options["--num_processes"], options["--num_machines"]) == ("2", "2")
+    three = start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b gpu-c")
+    assert three.returncode == 2 and "2 processes cannot be shared out to 3 nodes" in three.stderr
+
+
+def test_slurm_says_which_node_this_is(stand_ins):
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "77"}
+    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", **slurm))
+    assert (options["--machine_rank"], options["--num_processes"]) == ("1", "16")
+    assert options["--main_process_ip"] == "gpu-a"
+
+
+@pytest.mark.parametrize(
+    ("config", "script", "environment", "message"),
+    [
+        (NODES, "tests/tiny_run.py", {"NODES": "gpu-x gpu-y"}, "none of NODES (gpu-x gpu-y) is a name or address"),
+        (NODES, "tests/tiny_run.py", {"NODES": "gpu-b gpu-b"}, "NODES holds this node twice"),
+        (NODES, "tests/tiny_run.py", {"NODES": "a b", "NODE_RANK": "2"}, "NODE_RANK 2, but NODES are 2"),
+        (NODES, "recipes/no.py", {}, "recipes/no.py: no such script"),
+        ("no.yaml", "tests/tiny_run.py", {}, "no.yaml: no such launch config"),
+        ("accelerate_configs/zero3.yaml", "tests/tiny_run.py", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
+        (NODES, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
+    ],
+)
+def test_what_cannot_start_is_told(config, script, environment, message, stand_ins):
+    done = start(stand_ins, config, script, **environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("code", "requeued"), [("0", False), ("1", False), ("75", True)])
+def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "SRUN_CODE": code}
+    done = start(stand_ins, NODES, "tests/tiny_run.py", script=ROOT / "recipes" / "launch.slurm", **slurm)
+    assert done.returncode == int(code)
+    assert ("scontrol requeue 77" in done.stdout) == requeued
+    assert "tests/tiny_run.py --resume_from_checkpoint auto" in done.stdout
+
+
+# --------------------------------------------------------------------------------------------- real runs through it
+
+
+def allowed(*command: str) -> bool:
+    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+NAMESPACES = allowed("unshare", "-n", "true") and allowed("ip", "netns", "list")
+
+
+@pytest.fixture
+def two_nodes():
+    """Command prefix and environment of two nodes: network namespaces with a link, or two launchers on loopback."""
+    if not NAMESPACES:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            shared = {"NODES": "127.0.0.1 127.0.0.1", "PORT": str(probe.getsockname()[1])}
+        yield [([], shared | {"NODE_RANK": str(node)}) for node in range(2)]
+        return
+    name = f"n{os.getpid() % 10000}"
+    subnet = f"10.{os.getpid() % 250}.77"
+    commands = [f"ip netns add {name}a", f"ip netns add {name}b"]
+    commands += [f"ip link add {name}a netns {name}a type veth peer name {name}b netns {name}b"]
+    for number, side in enumerate("ab", start=1):
+        commands += [f"ip -n {name}{side} addr add {subnet}.{number}/24 dev {name}{side}"]
+        commands += [f"ip -n {name}{side} link set {link} up" for link in ("lo", f"{name}{side}")]
+    try:
+        for command in commands:
+            subprocess.run(command.split(), check=True)
+        nodes = {"NODES": f"{subnet}.1 {subnet}.2"}
+        yield [(["ip", "netns", "exec", f"{name}{side}"], nodes) for side in "ab"]
+    finally:
+        for side in "ab":
+            subprocess.run(["ip", "netns", "del", f"{name}{side}"], check=False)
+
+
+class Node:
+    """A node's launcher, started by the same command on each, and its output."""
+
+    def __init__(self, prefix: list[str], environment: dict[str, str], config: Path, **options) -> None:
+        slurm = [name for name in os.environ if name.startswith("SLURM_")]
+        env = {name: value for name, value in os.environ.items() if name not in slurm}
+        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+        command = [*prefix, LAUNCH, config, "tests/tiny_run.py", json.dumps(options)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def wait(self, seconds: float) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
+
+    def children(self) -> list[psutil.Process]:
+        """The training processes."""
+        descendants = psutil.Process(self.process.pid).children(recursive=True)
+        commands = [(child, child.cmdline()) for child in descendants]
+        return [child for child, words in commands if "tests/tiny_run.py" in words and "launch" not in words]
+
+    def kill(self) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self.process.kill()
+
+
+@pytest.fixture
+def nodes():
+    """Start nodes; whatever the test leaves running is killed."""
+    started: list[Node] = []
+
+    def begin(*arguments, **options) -> Node:
+        started.append(Node(*arguments, **options))
+        return started[-1]
+
+    yield begin
+    for node in started:
+        node.kill()
+
+
+def await_checkpoint(folder: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not list(folder.glob("checkpoint-*")):
+        assert time.monotonic() < deadline, "no checkpoint yet"
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_like_one(two_nodes, nodes, tmp_path):
+    """ZeRO-3 on one node with two processes, and on two nodes with one: the same losses and weights, bit for bit."""
+    alone = nodes([], {"PORT": "0"}, CPU, output_dir=str(tmp_path / "one"), accumulation=1)
+    code, output = alone.wait(120)
+    assert code == 0, output
+    both = [nodes(*node, CPU, output_dir=str(tmp_path / "two"), accumulation=1) for node in two_nodes]
+    for node in both:
+        code, output = node.wait(120)
+        assert code == 0, output
+    _, expected, weights = outcome(tmp_path / "one")
+    _, losses, found = outcome(tmp_path / "two")
+    assert losses == expected
+    assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["kill", "freeze", "cut"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_node_ends_the_other_within_a_minute(fate, victim, two_nodes, nodes, tmp_path):
+    if fate == "cut" and not NAMESPACES:
+        pytest.skip("a link can only be cut between namespaces")
+    slow = {"output_dir": str(tmp_path / "run"), "accumulation": 1, "steps": 500, "seconds_per_step": 0.2}
+    both = [nodes(*node, CPU, **slow) for node in two_nodes]
+    await_checkpoint(tmp_path / "run")
+    if fate == "cut":
+        name = two_nodes[victim][0][-1]
+        subprocess.run(["ip", "-n", name, "link", "set", name, "down"], check=True)
+    for child in both[victim].children() if fate != "cut" else []:
+        child.send_signal(signal.SIGKILL if fate == "kill" else signal.SIGSTOP)
+    begun = time.monotonic()
+    code, output = both[1 - victim].wait(60)
+    assert code not in (0, 75), output
+    if fate != "kill":
+        assert "was not heard of for 10 s: frozen, or cut off" in output
+    if fate == "cut":
+        code, output = both[victim].wait(60)
+        assert code not in (0, 75), output
+    print(f"{fate} of node {victim}: the other ended after {time.monotonic() - begun:.1f} s with code {code}")
+
+
+@pytest.mark.slow
+def test_a_node_that_waits_in_vain(two_nodes, nodes, tmp_path):
+    prefix, environment = two_nodes[1]
+    node = nodes(prefix, environment | {"START_SECONDS": "10"}, CPU, output_dir=str(tmp_path))
+    code, output = node.wait(60)
+    assert code not in (0, 75), output
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_on_both_nodes(two_nodes, nodes, tmp_path):
+    slow = {"output_dir": str(tmp_path), "accumulation": 1, "steps": 500, "seconds_per_step": 0.2}
+    both = [nodes(*node, CPU, **slow) for node in two_nodes]
+    await_checkpoint(tmp_path)
+    both[1].process.terminate()
+    for node in both:
+        code, output = node.wait(60)
+        assert code == 75, output
+    assert newest_complete(tmp_path) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["launcher", "accelerate", "all"])
+def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
+    """
+    SIGTERM to launch.sh saves and exits with 75. A kill −9 of it, or of accelerate below it, makes the training
+    process save and end as well.
+    """
+    config = ROOT / "accelerate_configs" / "cpu.yaml"
+    node = nodes([], {"PORT": "0"}, config, output_dir=str(tmp_path), steps=500, seconds_per_step=0.2)
+    await_checkpoint(tmp_path)
+    (child,) = node.children()
+    if whom == "accelerate":
+        child.parent().kill()
+    elif whom == "launcher":
+        node.process.kill()
+    else:
+        node.process.terminate()
+        assert node.wait(30)[0] == 75
+    child.wait(20)
+    last = newest_complete(tmp_path)
+    assert last is not None and (whom != "all" or json.loads((Path(last) / "manifest.json").read_text())["step"] > 2)

@@ -1,6 +1,7 @@
 """
-A run of seconds for tests that must kill, damage and resume it: it trains in processes of its own, forked from a
-server that has imported everything once, with the environment that `accelerate launch` would give them.
+A run of seconds for tests that must kill, damage and resume it. `launch` trains in processes of its own, forked from a
+server that has imported everything once, with the environment that `accelerate launch` would give them; as a script
+(`accelerate launch tests/tiny_run.py '{"output_dir": …}'`) it takes the `Options` as JSON.
 """
 
 import json
@@ -9,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +34,7 @@ class Options:
     die_at: tuple[str, str, int] | None = None  # audit event, part of its first argument, which occurrence
     signal_at: int | None = None  # the step that SIGTERM arrives in
     signal_rank: int = 0
+    seconds_per_step: float = 0.0  # for tests that do something to it from outside
 
 
 def launch(options: Options, timeout: float = 120.0) -> list[int]:
@@ -65,14 +68,18 @@ def train(options: Options, rank: int, port: int) -> None:
         os.environ.update(ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_MIXED_PRECISION="no")
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    run(options)
 
+
+def run(options: Options) -> None:
+    """Train as one of the processes that the environment tells of, then leave."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from checkpoints import CompleteCheckpoints, StopOnSignal, check_fits, checkpoint_to_resume, launched_as
     from conftest import build_model
     from errors import exits_cleanly
-    from ranks import join_processes
+    from ranks import Watch, join_processes, rank
     from runs import spare_cpu_compile
     from tripwires import Tripwires
 
@@ -83,14 +90,16 @@ def train(options: Options, rank: int, port: int) -> None:
 
     class SendSignal(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step + 1 == options.signal_at and rank == options.signal_rank:
+            time.sleep(options.seconds_per_step)
+            if state.global_step + 1 == options.signal_at and rank() == options.signal_rank:
                 os.kill(os.getpid(), signal.SIGTERM)
 
     @exits_cleanly
-    def run() -> None:
+    def work() -> None:
         spare_cpu_compile()
-        join_processes(timeout=30)
-        if options.die_at and rank == 0:
+        join_processes(timeout=60)
+        watch = Watch(lost_after=10)
+        if options.die_at and rank() == 0:
             _die_at(*options.die_at)
         arguments = {"per_device_train_batch_size": options.batch, "gradient_accumulation_steps": options.accumulation}
         arguments |= {"max_steps": options.steps, "save_steps": SAVE_EVERY, "save_total_limit": 2, "logging_steps": 1}
@@ -108,11 +117,12 @@ def train(options: Options, rank: int, port: int) -> None:
         trainer.train(resume_from_checkpoint=checkpoint)
         stop.exit_if_stopped(trainer.state.global_step)
         trainer.save_model(str(Path(options.output_dir) / "final"))
-        if rank == 0:
+        if rank() == 0:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             (Path(options.output_dir) / "losses.json").write_text(json.dumps([checkpoint, losses]))
+        watch.stop()
 
-    run()
+    work()
     sys.stdout.flush()
     os._exit(0)
 
@@ -137,3 +147,13 @@ def outcome(output_dir: Path) -> tuple[str | None, list[float], dict]:
 
     checkpoint, losses = json.loads((output_dir / "losses.json").read_text())
     return checkpoint, losses, load_file(output_dir / "final" / "model.safetensors")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+    from runs import prepare_environment
+
+    prepare_environment()
+    asked = Options(**json.loads(sys.argv[1]))
+    asked.resume = sys.argv[sys.argv.index("--resume_from_checkpoint") + 1] if len(sys.argv) > 2 else asked.resume
+    run(asked)

@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# Start one node's share of a run: the same command on every node, which works out the rest.
+#
+#   recipes/launch.sh accelerate_configs/zero3.yaml recipes/dpo.py --config my.yaml            one node
+#   NODES="node1 node2" recipes/launch.sh accelerate_configs/zero3-nodes.yaml recipes/dpo.py --config my.yaml
+#   sbatch recipes/launch.slurm accelerate_configs/zero3-nodes.yaml recipes/dpo.py --config my.yaml
+#
+# NODES names all nodes (host names or addresses, or a file with one a line), the same list on each; the first is where
+# they meet. Under Slurm the list is the job's. A node's rank is its place in the list, the processes are its GPUs (with
+# a CPU config: that config's processes, shared out), and the port follows from the list. What can be set, if need be:
+#   NODE_RANK           this node's place, counted from 0, where its name is not in the list
+#   PROCESSES_PER_NODE  instead of its number of GPUs
+#   PORT                where the port that follows from the list is taken
+#   START_SECONDS       how long a node waits for the others to start (50)
+#
+# SIGTERM and SIGUSR1 save a checkpoint and stop: exit code 75, start again with resume_from_checkpoint: auto. Any other
+# code but 0 is a failure; a node that fails ends the others within a minute.
+set -euo pipefail
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+[ $# -ge 2 ] || fail "usage: recipes/launch.sh ACCELERATE_CONFIG SCRIPT [--config RECIPE] [--key value …]"
+config=$1
+shift
+[ -f "$config" ] || fail "$config: no such launch config; see accelerate_configs/"
+[ -f "$1" ] || fail "$1: no such script"
+accelerate=$(command -v accelerate || echo "$(dirname "$0")/../.venv/bin/accelerate")
+[ -x "$accelerate" ] || fail "accelerate is not to be found: activate the environment that has it"
+
+# ---------------------------------------------------------------- which nodes, and which of them is this one
+if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
+fi
+nodes=${NODES:-$(hostname)}
+[ ! -f "$nodes" ] || nodes=$(cut -d' ' -f1 "$nodes") # also a hostfile: "node1 slots=8"
+read -ra nodes <<<"$(tr ',\n' '  ' <<<"$nodes")"
+number=${#nodes[@]}
+if [ -z "${NODE_RANK:-}" ]; then
+    names=" $(hostname) $(hostname -s) $(hostname -f 2>/dev/null || true) $(hostname -I 2>/dev/null || true) "
+    for place in "${!nodes[@]}"; do
+        if [[ $names == *" ${nodes[$place]} "* ]]; then
+            [ -z "${NODE_RANK:-}" ] || fail "NODES holds this node twice (${nodes[*]}); set NODE_RANK on each"
+            NODE_RANK=$place
+        fi
+    done
+    [ -n "${NODE_RANK:-}" ] || fail "none of NODES (${nodes[*]}) is a name or address of this node ($names); set NODE_RANK"
+fi
+[ "$NODE_RANK" -lt "$number" ] || fail "NODE_RANK $NODE_RANK, but NODES are $number (${nodes[*]})"
+# The same on every node without asking one, and another for another list or job.
+port=${PORT:-$((20000 + $(cksum <<<"${nodes[*]} ${SLURM_JOB_ID:-}" | cut -d' ' -f1) % 10000))}
+
+# ---------------------------------------------------------------- how many processes on it
+setting() { sed -n "s/^ *$1: *\([^ #]*\).*/\1/p" "$config"; }
+cores=$(nproc)
+if [ -n "${PROCESSES_PER_NODE:-}" ]; then
+    processes=$PROCESSES_PER_NODE
+elif [ "$(setting use_cpu)" = true ]; then
+    all=$(setting num_processes)
+    [ $((all % number)) -eq 0 ] || fail "$config: $all processes cannot be shared out to $number nodes; set PROCESSES_PER_NODE"
+    processes=$((all / number))
+elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    processes=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)
+else
+    processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+fi
+[ "$processes" -gt 0 ] || fail "no GPU on $(hostname); take accelerate_configs/cpu.yaml or zero3-cpu.yaml to run without"
+if [ "$number" -gt 1 ] && [ "$(setting distributed_type)" = DEEPSPEED ]; then
+    [ "$(setting deepspeed_multinode_launcher)" = standard ] ||
+        fail "$config: over several nodes it needs deepspeed_multinode_launcher: standard; take zero3-nodes.yaml"
+fi
+# torch's launcher would give each process one thread, which starves an optimizer on the CPU.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
+
+echo "node $NODE_RANK of $number ($(hostname)): $processes processes, $((number * processes)) in all, at ${nodes[0]}:$port"
+
+# ---------------------------------------------------------------- start it, pass signals on, end all of it together
+export LAUNCH_EXIT_CODE # where a process that was stopped by a signal leaves its code: accelerate makes a 1 of all
+LAUNCH_EXIT_CODE=$(mktemp)
+guard=()
+command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this script is killed, what it started ends
+# A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
+# to end, too few to save a large model.
+setsid "${guard[@]}" "$accelerate" launch --config_file "$config" --num_machines "$number" \
+    --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
+    --main_process_port "$port" --rdzv_conf "timeout=${START_SECONDS:-50}" "$@" &
+launcher=$!
+trap 'pkill -USR1 -P $launcher || kill -TERM $launcher 2>/dev/null || true' TERM USR1
+trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP
+
+status=0
+while :; do
+    wait "$launcher" && status=0 || status=$?
+    kill -0 "$launcher" 2>/dev/null || break # else: `wait` was interrupted by a signal
+done
+[ ! -s "$LAUNCH_EXIT_CODE" ] || status=$(cat "$LAUNCH_EXIT_CODE")
+rm -f "$LAUNCH_EXIT_CODE"
+[ "$status" -eq 0 ] || echo "node $NODE_RANK of $number ($(hostname)) ended with exit code $status" >&2
+# Slurm ends the other nodes with the first: leave them the time to come to the same end.
+[ "$status" -ne 75 ] || sleep 2
+exit "$status"
