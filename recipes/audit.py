@@ -13,11 +13,12 @@ from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from hygiene import Facts
 from margins import PAIR_CLASSES
-from scanning import reopened, slices
+from scanning import release, slices
 
 STAGES = ("rows", "hygiene", "labels", "score", "quotas")
 Decisions = tuple[np.ndarray, np.ndarray, dict]  # Audit's codes, relabelled and summary
@@ -36,7 +37,7 @@ class Audit:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the kept rows' `row_id<TAB>0|1` lines (1: relabelled), sorted."""
+        """SHA-256 of a line per kept row, `row_id<TAB>0|1` (1: relabelled), in the order of their bytes."""
         return self.summary["digest"]
 
     @property
@@ -64,20 +65,22 @@ class Audit:
     def _lines(self) -> Iterable[str]:
         """The lines in blocks; what follows the row id takes few values, so each is formatted once."""
 
+        quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would build one for every row
+
         def tail(source: str, code: int, relabelled: bool, reason: tuple[str, str] | None = None) -> str:
             stage, why = reason or (self.reasons[code - 1] if code else (None, None))
             rest = {"source": source, "kept": code == 0, "stage": stage, "reason": why, "relabelled": relabelled}
             return ", " + json.dumps(rest, ensure_ascii=False)[1:] + "\n"
 
         def line(row_id: str, end: str) -> str:
-            return '{"row_id": ' + json.dumps(row_id, ensure_ascii=False) + end
+            return '{"row_id": ' + quoted(row_id) + end
 
         for row in self.bad_rows:
             yield line(row["row_id"], tail(row["source"], -1, False, ("rows", row["reason"])))
         tails: dict[tuple, str] = {}
-        named = self.rows.select_columns(["row_id", "source"])
-        for bounds in slices(named):
-            part = reopened(named.select(bounds)).with_format("arrow")[:]
+        named = self.rows.select_columns(["row_id", "source"]).with_format("arrow")
+        for bounds in slices(len(named)):
+            part = named[bounds.start : bounds.stop]
             kinds = zip(
                 part["source"].to_pylist(),
                 self.codes[bounds.start : bounds.stop].tolist(),
@@ -90,6 +93,7 @@ class Audit:
                     tails[kind] = tail(*kind)
                 block.append(line(row_id, tails[kind]))
             yield "".join(block)
+            release(named)
 
 
 def pair_class(facts: Facts) -> np.ndarray:
@@ -148,10 +152,11 @@ def summarise(
 
 
 def _digest(row_ids: pa.Array, relabelled: np.ndarray) -> str:
-    lines = sorted(
-        f"{row_id}\t{flag:d}" for row_id, flag in zip(row_ids.to_pylist(), relabelled.tolist(), strict=True)
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    lines = pc.binary_join_element_wise(row_ids, pc.if_else(pa.array(relabelled), "1\n", "0\n"), "\t")
+    ordered = lines.take(pc.sort_indices(lines))
+    _, offsets, text = ordered.buffers()
+    end = np.frombuffer(offsets, np.int32)[len(ordered)]
+    return hashlib.sha256(memoryview(text)[:end]).hexdigest()
 
 
 def read_decisions(path: Path, rows: int) -> Decisions | None:

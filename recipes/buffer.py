@@ -121,7 +121,10 @@ def refuse_overlap(train_rows: Dataset, eval_rows: Dataset, num_proc: int | None
     """
     if not len(train_rows) or not len(eval_rows):
         return
-    train, held_out = (scan(rows, read_pairs, num_proc)["pair"] for rows in (train_rows, eval_rows))
+    columns = ["prompt", "chosen", "rejected"]
+    train, held_out = (
+        scan(rows.select_columns(columns), read_pairs, num_proc)["pair"] for rows in (train_rows, eval_rows)
+    )
     shared = np.flatnonzero(np.isin(held_out, train))
     if len(shared):
         names = eval_rows.select_columns(["row_id"]).select(shared[:5])[:]["row_id"]
@@ -277,10 +280,6 @@ def _names(facts: Facts, places: np.ndarray) -> str:
 
 def _extra_column(rows: Dataset, score: Score) -> str | None:
     """The column that the score's signal names, where it is none of those that are read anyway."""
-    if (score.keep is None) == (score.band is None):
-        raise RecipeError("selection.score: set either keep (a fraction) or band (two quantiles)")
-    if score.band is not None and not 0 <= score.band[0] < score.band[1] <= 1:
-        raise RecipeError(f"selection.score.band: {score.band} are not two rising quantiles from 0 to 1")
     if score.signal in (*SIGNALS, *NUMBERS):
         return None
     numeric = [

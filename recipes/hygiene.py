@@ -6,7 +6,6 @@ facts; every decision here and in `buffer.py` is made from those.
 import operator
 import string
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,7 @@ from rapidfuzz.process import cpdist
 from xxhash import xxh3_64_intdigest
 
 from arguments import Hygiene
-from scanning import BATCH, by_batch, reopened, slices
+from scanning import BATCH, release
 
 Facts = dict[str, np.ndarray]
 CountTokens = Callable[[list[list[dict]]], list[int]]
@@ -124,18 +123,14 @@ def _numbers(column: pa.Array) -> np.ndarray:
     return pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
 
 
-def read_pairs(rows: Dataset) -> Facts:
+def read_pairs(batch: pa.RecordBatch) -> Facts:
     """`pair` and `side` of each row, for comparing two sets."""
-
-    def read(batch: pa.RecordBatch) -> Facts:
-        spans, roles, contents = _messages(batch["prompt"])
-        prompts = _one_text(spans, roles, [content.casefold() for content in contents])
-        return _pair_keys(prompts, batch["chosen"].to_pylist(), batch["rejected"].to_pylist())
-
-    return by_batch(rows.select_columns(["prompt", "chosen", "rejected"]), read)
+    spans, roles, contents = _messages(batch["prompt"])
+    prompts = _one_text(spans, roles, [content.casefold() for content in contents])
+    return _pair_keys(prompts, batch["chosen"].to_pylist(), batch["rejected"].to_pylist())
 
 
-def read_facts(rows: Dataset, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
+def read_facts(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
     """
     All that the selection needs to know of each row:
     `broken` (uint8): the first broken rule of those that a row breaks by itself and that stand before `duplicates`;
@@ -144,15 +139,11 @@ def read_facts(rows: Dataset, settings: Hygiene, seed: int, ngrams: Ngrams | Non
     the columns of `NUMBERS`, and the column that `extra` names under the name `extra`, as float64; `tie`, `buffer`
     (bool); `row_id`, `source`, `category` (Arrow).
     """
-    return by_batch(rows, partial(_read_batch, settings=settings, seed=seed, ngrams=ngrams, extra=extra))
-
-
-def _read_batch(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
     size = batch.num_rows
     spans, roles, contents = _messages(batch["prompt"])
     folded = [content.casefold() for content in contents]
     chosen, rejected = batch["chosen"].to_pylist(), batch["rejected"].to_pylist()
-    lengths = [np.fromiter(map(len, answers), np.int64, size) for answers in (chosen, rejected)]
+    lengths = [np.fromiter(map(len, answers), np.int32, size) for answers in (chosen, rejected)]
     shorter, longer = np.minimum(*lengths), np.maximum(*lengths)
 
     broken = np.zeros(size, np.uint8)
@@ -194,7 +185,7 @@ def _read_batch(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngr
         "overlap": overlap,
         **_pair_keys(_one_text(spans, roles, folded), chosen, rejected),
         "order": _digests([f"{seed}:{row_id}" for row_id in row_ids]),
-        "prompt_bytes": np.fromiter((sum(sizes[a:b]) for a, b in spans), np.int64, size),
+        "prompt_bytes": np.fromiter((sum(sizes[a:b]) for a, b in spans), np.int32, size),
         "frame": _digests([" ".join(roles[a:b]) for a, b in spans]),
         "chosen_length": lengths[0],
         "rejected_length": lengths[1],
@@ -261,10 +252,9 @@ def _too_long(
     overhead = np.array(count_prompt_tokens(bare)) + [2 * len(prompt) for prompt in bare]
     asked = among.copy()
     asked[among] = facts["prompt_bytes"][among] + overhead[kind] > room
-    for bounds in slices(rows):
-        places = bounds.start + np.flatnonzero(asked[bounds.start : bounds.stop])
-        if len(places):
-            for first, batch in enumerate(reopened(prompts.select(places)).iter(BATCH)):
-                at = places[first * BATCH : (first + 1) * BATCH]
-                found[at] = np.array(count_prompt_tokens(batch["prompt"])) > room
+    asked = np.flatnonzero(asked)
+    for start in range(0, len(asked), BATCH):
+        places = asked[start : start + BATCH]
+        found[places] = np.array(count_prompt_tokens(prompts.select(places)[:]["prompt"])) > room
+        release(rows)
     return found

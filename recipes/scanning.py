@@ -1,7 +1,9 @@
 """Reading every row of a large Arrow file once, by several processes, in memory that does not grow with the file."""
 
-import pickle
-from collections.abc import Callable, Iterator
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
@@ -10,60 +12,75 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.utils import tqdm
 
-SLICE = 32_768  # rows a process reads before it opens the file anew: about 100 MB of text
+SLICE = 32_768  # rows between two releases of the file's pages: about 100 MB of text
 BATCH = 2_000  # rows whose text is held as Python strings at a time
 
-_reader: tuple[Dataset, Callable[[Dataset], dict]] | None = None  # what a worker process was started with
+Read = Callable[[pa.RecordBatch], dict]
+_work: tuple[Dataset, Read] | None = None  # what a worker process was started with
 
 
-def _start_worker(rows: Dataset, read: Callable[[Dataset], dict]) -> None:
-    global _reader
-    _reader = rows, read
-
-
-def _read_slice(bounds: range) -> dict:
-    rows, read = _reader
-    return read(reopened(rows.select(bounds)))
-
-
-def reopened(rows: Dataset) -> Dataset:
+def scan(rows: Dataset, read: Read, num_proc: int | None = None) -> dict:
     """
-    The same rows over a mapping of their own. The pages of a mapped file count as this process's memory for as long
-    as the mapping lives, so whoever reads a large file in slices lets go of each slice's pages with its mapping.
+    Join what `read` makes of the rows' record batches, in the order of the rows.
+
+    Args:
+        read: of a record batch (each column one contiguous array of the mapped file), to numpy arrays, or Arrow arrays
+            of strings, a value per row.
+        num_proc: processes; None: this one.
     """
-    return pickle.loads(pickle.dumps(rows)) if rows.cache_files else rows
-
-
-def slices(rows: Dataset, parts: int = 1) -> Iterator[range]:
-    """Ranges that cover the rows in order, at most `SLICE` long and at least `parts` many (if there are the rows)."""
-    size = max(1, min(SLICE, -(-len(rows) // parts)))
-    return (range(start, min(start + size, len(rows))) for start in range(0, len(rows), size))
-
-
-def scan(rows: Dataset, read: Callable[[Dataset], dict], num_proc: int | None = None) -> dict:
-    """Join what `read` makes of each slice of the rows: numpy arrays, or Arrow arrays of strings, a value per row."""
-    whole = list(slices(rows, num_proc or 1))
-    bar = partial(tqdm, total=len(whole), desc="reading rows", unit=" slices", leave=False)
+    rows = rows.with_format("arrow")
+    spans = slices(len(rows), num_proc or 1)
+    bar = partial(tqdm, total=len(spans), desc="reading rows", unit=" slices", leave=False)
     if num_proc in (None, 1):
-        parts = [read(reopened(rows.select(bounds))) for bounds in bar(whole)]
-    else:
-        with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(rows, read)) as pool:
-            parts = list(bar(pool.map(_read_slice, whole)))
-    return {
-        name: np.concatenate([part[name] for part in parts])
-        if isinstance(parts[0][name], np.ndarray)
-        else pa.chunked_array([part[name] for part in parts]).combine_chunks()
-        for name in (parts[0] if parts else ())
-    }
+        return _joined([_read_slice(span, rows, read) for span in bar(spans)])
+    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(rows, read)) as pool:
+        return _joined(list(bar(pool.map(_read_slice, spans))))
 
 
-def by_batch(rows: Dataset, read: Callable[[pa.RecordBatch], dict]) -> dict:
-    """`read` over record batches, so that each column is one contiguous Arrow array without a copy."""
-    tables = rows.with_format("arrow").iter(BATCH)
-    parts = [read(batch) for table in tables for batch in table.to_batches()]
+def slices(rows: int, parts: int = 1) -> list[range]:
+    """Ranges that cover the rows in order, each at most `SLICE` long, and `parts` of them if there are rows enough."""
+    size = max(1, min(SLICE, -(-rows // parts)))
+    return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def release(rows: Dataset) -> None:
+    """
+    Let go of the pages that reading the rows has mapped: they count as this process's memory as long as the mapping
+    lives, and that is as long as the dataset. They can be read again at any time. Opening the file anew would do the
+    same, but costs a walk over all of its batches. Without /proc (not Linux) nothing is done.
+    """
+    files = {os.path.realpath(file["filename"]) for file in rows.cache_files}
+    if not files or not os.path.exists("/proc/self/maps"):
+        return
+    libc = ctypes.CDLL(None)
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            address, _, _, _, _, *path = line.rstrip("\n").split(maxsplit=5)
+            if path and path[0] in files:  # of a mapped file nothing is lost, unlike memory without a file
+                start, end = (int(number, 16) for number in address.split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _start_worker(rows: Dataset, read: Read) -> None:
+    global _work
+    _work = rows, read
+
+
+def _read_slice(span: range, rows: Dataset | None = None, read: Read | None = None) -> dict:
+    if rows is None:
+        rows, read = _work
+    starts = range(span.start, span.stop, BATCH)
+    tables = (rows[start : min(start + BATCH, span.stop)] for start in starts)
+    facts = _joined([read(batch) for table in tables for batch in table.to_batches()])
+    release(rows)
+    return facts
+
+
+def _joined(parts: list[dict]) -> dict:
+    # pop: a column's parts go as soon as they are joined.
     return {
-        name: np.concatenate([part[name] for part in parts])
-        if isinstance(parts[0][name], np.ndarray)
-        else pa.concat_arrays([part[name] for part in parts])
-        for name in parts[0]
+        name: (np.concatenate if isinstance(parts[0][name], np.ndarray) else pa.concat_arrays)(
+            [part.pop(name) for part in parts]
+        )
+        for name in list(parts[0] if parts else ())
     }

@@ -1,0 +1,623 @@
+"""The pipeline against the slow selection, its refusals, its audit, and what it must not depend on."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import buffer
+import slow_selection
+from arguments import Hygiene, Quotas, Score, Selection
+from audit import written_whole
+from buffer import refuse_overlap, select_rows
+from errors import RecipeError
+from slow_selection import SWAPPED
+from test_hygiene import make_row, make_rows
+
+ANSWERS = ["", " ", "brief", "I bake bread.", "i bake BREAD.", "I bake bread!", "Straße 9 it is", "STRASSE 9 IT IS"]
+ANSWERS += [
+    "No, I will not help with that.",
+    "Yes: mix flour, water and salt. " * 2,
+    "日本語で答えます。はい、そうです。",
+]
+PROMPTS = ["", "How?", "how?", "a b c d e", "B c. D", "é" * 9, "x y a b c z"]
+EVAL_PROMPTS = [[{"role": "user", "content": text}] for text in ("A, b c", "HOW")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield folder / "selections"
+
+
+def count_bytes(prompts):
+    """A byte-level tokenizer whose template puts two tokens around a message and one at the end."""
+    return [sum(len(turn["content"].encode()) + 2 for turn in prompt) + 1 for prompt in prompts]
+
+
+def random_rows(count, seed=0, labelled=True):
+    """Rows that meet every rule: few texts, so that pairs repeat in all ways."""
+    draw = random.Random(seed)
+    rows = []
+    for i in range(count):
+        turns = [{"role": "user", "content": draw.choice(PROMPTS) + draw.choice(["", f" {draw.randint(0, 20)}"])}]
+        if draw.random() < 0.2:
+            turns.insert(0, {"role": "system", "content": draw.choice(["", "Be kind."])})
+        source = draw.choice(["pku", "ultrafeedback"])
+        scores = [float(draw.randint(1, 5)) for _ in range(2)]
+        rows.append(
+            make_row(
+                f"{source}:{i}",
+                prompt=turns,
+                chosen=draw.choice(ANSWERS) + draw.choice(["", " Then wait."]),
+                rejected=draw.choice(ANSWERS),
+                chosen_safe=draw.random() < 0.5 if labelled else None,
+                rejected_safe=draw.random() < 0.5 if labelled else None,
+                chosen_severity=draw.choice([None, 0, 1, 2, 3]),
+                rejected_severity=draw.choice([None, 0, 1, 2, 3]),
+                score_chosen=scores[0],
+                score_rejected=scores[1],
+                tie=scores[0] == scores[1] and draw.random() < 0.2,
+                category=draw.choice([None, "violence", "fraud"]),
+                role="buffer" if source == "ultrafeedback" else "task",
+            )
+        )
+    return rows
+
+
+SELECTION = Selection(
+    hygiene=Hygiene(empty="drop", eval_ngram=3, min_answer_tokens=4),
+    labels="safer",
+    score=Score("score_gap", keep=0.7),
+    quotas=Quotas("pair_class", {"safe/safe": 0.5, "unsafe/unsafe": 3}),
+)
+
+
+def check_against_slow(rows, selection, seed=0, max_length=24, num_proc=None):
+    """The fate of every row, and each kept row's columns, are those of the slow selection."""
+    fates, relabelled = slow_selection.select(
+        rows, selection, seed, max_length, lambda prompt: count_bytes([prompt])[0], EVAL_PROMPTS
+    )
+    tasks = [row for row in rows if fates[row["row_id"]] is None and row["role"] == "task"]
+    arguments = {
+        "seed": seed,
+        "max_length": max_length,
+        "count_prompt_tokens": count_bytes,
+        "eval_prompts": EVAL_PROMPTS,
+        "num_proc": num_proc,
+    }
+    if not tasks:
+        with pytest.raises(RecipeError, match="leaves no"):
+            select_rows(make_rows(rows), selection, **arguments)
+        return None
+    kept, audit = select_rows(make_rows(rows), selection, **arguments)
+    found = [audit.reasons[code - 1] if code else None for code in audit.codes]
+    assert dict(zip([row["row_id"] for row in rows], found, strict=True)) == fates
+    expected = []
+    for row in rows:
+        if fates[row["row_id"]] is None:
+            swap = row["row_id"] in relabelled
+            names = dict(SWAPPED) | {other: one for one, other in SWAPPED} if swap else {}
+            expected.append({name: row[names.get(name, name)] for name in row} | {"relabelled": swap})
+    assert kept.to_list() == expected
+    return kept, audit
+
+
+# ---------------------------------------------------------------------------------------------- against the slow one
+@st.composite
+def selections(draw):
+    action = st.sampled_from(["drop", "keep"])
+    hygiene = Hygiene(
+        empty=draw(action),
+        identical=draw(action),
+        max_similarity=draw(st.sampled_from([None, 0.5, 0.9])),
+        min_characters=draw(st.sampled_from([None, 6])),
+        max_length_ratio=draw(st.sampled_from([None, 1.5, 4.0])),
+        duplicates=draw(action),
+        contradictions=draw(action),
+        ties=draw(action),
+        min_answer_tokens=draw(st.sampled_from([None, 4])),
+        eval_ngram=draw(st.sampled_from([None, 1, 3])),
+    )
+    signal = draw(st.sampled_from(["score_gap", "length_ratio", "score_chosen", None]))
+    score = None
+    if signal:
+        kept = draw(st.sampled_from([{"keep": 0.1}, {"keep": 0.75}, {"keep": 1.0}, {"band": [0.2, 0.9]}]))
+        direction = draw(st.sampled_from(["easy", "hard", "middle"]))
+        score = Score(signal, **kept, direction=direction, role=draw(st.sampled_from(["all", "task", "buffer"])))
+    limits = {
+        "pair_class": {"safe/unsafe": 0.5, "unsafe/safe": 2},
+        "source": {"pku": 0.8},
+        "category": {"none": 1, "fraud": 0.3},
+    }
+    by = draw(st.sampled_from([None, "pair_class"]))
+    quotas = Quotas(by, limits[by]) if by else None
+    labels = draw(st.sampled_from(["helpful", "safer", "safe_first", "safedpo_t"]))
+    return Selection(hygiene=hygiene, labels=labels, score=score, quotas=quotas)
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@given(selections(), st.integers(1, 60), st.integers(0, 10**6))
+def test_the_fate_of_every_row(selection, count, seed):
+    check_against_slow(random_rows(count, seed), selection, seed)
+
+
+@pytest.mark.parametrize("by, limits", [("source", {"pku": 0.8}), ("category", {"none": 1, "fraud": 0.3})])
+def test_quotas_by_other_columns(by, limits):
+    _, audit = check_against_slow(
+        random_rows(400), Selection(SELECTION.seed, SELECTION.hygiene, quotas=Quotas(by, limits))
+    )
+    assert ("quotas", by) in {entry[:2] for entry in audit.table()}
+
+
+def test_two_processes_decide_as_one():
+    rows = random_rows(300)
+    one, two = (check_against_slow(rows, SELECTION, num_proc=number)[1] for number in (1, 2))
+    assert one.digest == two.digest and (one.codes == two.codes).all()
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows(monkeypatch, tmp_path):
+    """All stages on, in slices of a mapped file, two processes. rapidfuzz's plain call stands in for the slow LCS."""
+    from rapidfuzz.distance import LCSseq
+
+    monkeypatch.setattr(slow_selection, "lcs", LCSseq.similarity)
+    rows = random_rows(100_000)
+    for i, row in enumerate(rows):  # a number of its own in most prompts, or all would be duplicates
+        if i % 3:
+            row["prompt"][-1]["content"] += f" {i}"
+    make_rows(rows).save_to_disk(tmp_path)
+    on_disk = Dataset.load_from_disk(tmp_path)
+    selection = replace(SELECTION, quotas=Quotas("pair_class", {"safe/safe": 0.5, "unsafe/unsafe": 1000}))
+    fates, relabelled = slow_selection.select(
+        rows, selection, 0, 24, lambda prompt: count_bytes([prompt])[0], EVAL_PROMPTS
+    )
+    kept, audit = select_rows(
+        on_disk,
+        selection,
+        seed=0,
+        max_length=24,
+        count_prompt_tokens=count_bytes,
+        eval_prompts=EVAL_PROMPTS,
+        num_proc=2,
+    )
+    assert kept["row_id"][:] == [row_id for row_id, fate in fates.items() if fate is None]
+    assert {row_id for row_id, swap in zip(kept["row_id"], kept["relabelled"], strict=True) if swap} == relabelled
+    counted = Counter(fate for fate in fates.values() if fate)
+    assert {(stage, reason): count for stage, reason, count in audit.table()[:-1]} == dict(counted)
+    assert len(counted) >= 9  # of the ten rules two or three are rare among these rows
+    rows_by_id = {row["row_id"]: row for row in rows}
+    for row in kept.select(range(0, len(kept), 97)):
+        source, swap = rows_by_id[row["row_id"]], row["relabelled"]
+        assert (row["chosen"], row["rejected"]) == (
+            source["rejected" if swap else "chosen"],
+            source["chosen" if swap else "rejected"],
+        )
+
+
+# ---------------------------------------------------------------------------------------------- the label policies
+@pytest.mark.parametrize(
+    # safe and severity of chosen, then of rejected; whether each policy swaps (1), keeps (0) or drops (None)
+    "chosen, rejected, safer, safe_first, safedpo_t",
+    [
+        ((True, 0), (True, 0), 0, 0, 0),
+        ((True, 1), (True, 0), 1, 0, 0),  # both safe: only safer looks at severities
+        ((True, 0), (False, 3), 0, 0, 0),
+        ((True, 3), (False, 0), 0, 0, 0),  # the label stands above the severity
+        ((False, 1), (True, 0), 1, 1, 1),
+        ((False, None), (True, None), 1, 1, 1),
+        ((False, 2), (False, 1), 1, 1, None),
+        ((False, 1), (False, 2), 0, 0, None),
+        ((False, 2), (False, 2), 0, 0, None),
+        ((False, None), (False, 0), 0, 0, None),  # unknown: the label stays
+    ],
+)
+def test_label_policies(chosen, rejected, safer, safe_first, safedpo_t):
+    columns = ("chosen_safe", "chosen_severity", "rejected_safe", "rejected_severity")
+    row = make_row(**dict(zip(columns, chosen + rejected, strict=True)), score_chosen=7.0, score_rejected=3.0)
+    other = make_row("a:1", prompt="Another one?", chosen_safe=True, rejected_safe=True)
+    for policy, swap in (("helpful", 0), ("safer", safer), ("safe_first", safe_first), ("safedpo_t", safedpo_t)):
+        kept, audit = select_rows(make_rows([row, other]), Selection(labels=policy), seed=0)
+        if swap is None:
+            assert kept["row_id"][:] == ["a:1"]
+            assert audit.table() == [("labels", "both_unsafe", 1), ("kept", "", 1)]
+            continue
+        first = kept[0]
+        assert first["relabelled"] == bool(swap)
+        sides = ("rejected", "chosen") if swap else ("chosen", "rejected")
+        for side, name in zip(("chosen", "rejected"), sides, strict=True):
+            assert first[side] == row[name]
+            assert first[f"{side}_safe"] == row[f"{name}_safe"]
+            assert first[f"{side}_severity"] == row[f"{name}_severity"]
+            assert first[f"score_{side}"] == row[f"score_{name}"]
+
+
+def test_the_buffer_keeps_its_labels():
+    """A buffer without safety labels stands beside task rows that a policy needs them of."""
+    rows = [
+        make_row("a:0", chosen_safe=False, rejected_safe=True),
+        make_row("b:0", prompt="Another one?", role="buffer"),
+        make_row("b:1", prompt="A third one?", role="buffer", chosen_safe=False, rejected_safe=True),
+    ]
+    for policy in ("safer", "safe_first", "safedpo_t"):
+        kept, _ = select_rows(make_rows(rows), Selection(labels=policy), seed=0)
+        assert kept["relabelled"][:] == [True, False, False]
+
+
+def test_an_evaluation_set_is_selected_for_hygiene_only():
+    rows = random_rows(200)
+    kept, audit = select_rows(make_rows(rows), SELECTION, seed=0, hygiene_only=True)
+    expected, _ = select_rows(make_rows(rows), Selection(hygiene=SELECTION.hygiene), seed=0)
+    assert kept.to_list() == expected.to_list() and not any(kept["relabelled"])
+    assert {stage for stage, *_ in audit.table()} == {"hygiene", "kept"}
+    # A set of buffer rows alone is fine here, and nothing to train on elsewhere.
+    alone = make_rows([row for row in rows if row["role"] == "buffer"])
+    assert len(select_rows(alone, SELECTION, seed=0, hygiene_only=True)[0])
+    with pytest.raises(RecipeError, match="leaves no task row"):
+        select_rows(alone, SELECTION, seed=0)
+
+
+# ---------------------------------------------------------------------------------------------- score and quotas
+def scored(gaps, **columns):
+    return [
+        make_row(f"a:{i}", prompt=f"Question {i}?", score_chosen=float(gap), score_rejected=0.0, **columns)
+        for i, gap in enumerate(gaps)
+    ]
+
+
+@pytest.mark.parametrize(
+    "score, kept",
+    [
+        ({"keep": 0.3}, [7, 8, 9]),
+        ({"keep": 0.3, "direction": "hard"}, [0, 1, 2]),
+        ({"keep": 0.3, "direction": "middle"}, [3, 4, 5]),  # (10 − 3)//2 = 3 below, 4 above
+        ({"keep": 0.01}, [9]),  # at least one
+        ({"band": [0.25, 0.5]}, [2, 3, 4]),  # ⌊2.5⌋ to ⌊5⌋
+        ({"band": [0.0, 1.0]}, list(range(10))),
+    ],
+)
+def test_what_the_score_filter_keeps(score, kept):
+    gaps = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    rows, _ = select_rows(make_rows(scored(gaps)), Selection(score=Score("score_gap", **score)), seed=0)
+    assert sorted(rows["score_chosen"]) == kept
+
+
+def test_a_fraction_is_taken_as_it_is_written():
+    """0.29·100 is 28.999999999999996 in floats, and 29 rows."""
+    rows, _ = select_rows(make_rows(scored(range(100))), Selection(score=Score("score_gap", keep=0.29)), seed=0)
+    assert len(rows) == 29
+    quotas = Quotas("source", {"a": 0.29})
+    assert len(select_rows(make_rows(scored(range(100))), Selection(quotas=quotas), seed=0)[0]) == 29
+
+
+def test_signals():
+    """Each signal's largest row of three; the gap of the reference is asked of the rows as they are relabelled."""
+    rows = scored([2, 1, 3])
+    for row, severities, extra in zip(rows, [(0, 3), (0, 1), (1, 2)], [0.0, 5.0, -1.0], strict=True):
+        row |= {"chosen_severity": severities[0], "rejected_severity": severities[1], "order": extra}
+    rows[2]["rejected"] += " Long answer, longer than the others."
+    features = datasets.Features(make_rows([make_row()]).features | {"order": datasets.Value("float64")})
+    dataset = Dataset.from_list(rows, features=features)
+
+    def best(signal):
+        return select_rows(dataset, Selection(score=Score(signal, keep=0.4)), seed=0)[0]["row_id"][:]
+
+    assert best("score_gap") == ["a:2"]
+    assert best("severity_gap") == ["a:0"]
+    assert best("length_ratio") == ["a:2"]
+    assert best("order") == ["a:1"]  # an extra column, of a name that the facts have too
+    assert best("rejected_severity") == ["a:0"]
+    asked = []
+
+    def reference_gap(given):
+        asked.append((given["row_id"][:], given["chosen"][:]))
+        return np.array([len(answer) for answer in given["chosen"]])
+
+    rows[1] |= {"role": "buffer"}
+    rows[0] |= {"chosen_safe": False, "rejected_safe": True}
+    rows[2] |= {"chosen_safe": True, "rejected_safe": True}
+    selection = Selection(labels="safer", score=Score("reference_gap", keep=0.5, role="task"))
+    dataset = Dataset.from_list(rows, features=features)
+    kept, _ = select_rows(dataset, selection, seed=0, reference_gap=reference_gap)
+    assert asked == [(["a:0", "a:2"], [rows[0]["rejected"], rows[2]["chosen"]])]
+    assert kept["row_id"][:] == ["a:0", "a:1"]  # 38 letters against 35; the buffer row is not ranked
+
+
+def test_ties_in_the_ranking_and_quotas_depend_on_the_seed_alone():
+    rows = scored([1] * 40)
+    for selection in (Selection(score=Score("score_gap", keep=0.5)), Selection(quotas=Quotas("source", {"a": 20}))):
+        first, again, other = (
+            select_rows(make_rows(given), selection, seed=seed)[0]["row_id"][:]
+            for given, seed in ((rows, 0), (random.Random(1).sample(rows, 40), 0), (rows, 1))
+        )
+        assert len(first) == 20 and set(first) == set(again) != set(other)
+    # The very rows, so that another machine or another version is held to them too.
+    ids = [row["row_id"] for row in scored([1] * 8)]
+    kept, _ = select_rows(make_rows(scored([1] * 8)), Selection(quotas=Quotas("source", {"a": 3})), seed=7)
+    assert set(kept["row_id"]) == set(sorted(ids, key=lambda row_id: slow_selection.order({"row_id": row_id}, 7))[:3])
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6))
+def test_the_order_of_rows_decides_nothing_but_which_duplicate_stays(seed):
+    rows = random_rows(80, seed)
+    selection = replace(SELECTION, hygiene=replace(SELECTION.hygiene, duplicates="keep"))
+    shuffled = random.Random(seed).sample(rows, len(rows))
+    try:
+        one, audit = select_rows(make_rows(rows), selection, seed=seed)
+    except RecipeError:
+        assume(False)
+    other, other_audit = select_rows(make_rows(shuffled), selection, seed=seed)
+    assert audit.digest == other_audit.digest and audit.counts["left"] == other_audit.counts["left"]
+    key = str.lower
+    assert sorted(one["row_id"], key=key) == sorted(other["row_id"], key=key)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.sampled_from(["helpful", "safer", "safe_first", "safedpo_t"]))
+def test_hygiene_and_labels_are_idempotent(seed, policy):
+    selection = Selection(hygiene=SELECTION.hygiene, labels=policy)
+    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "eval_prompts": EVAL_PROMPTS}
+    try:
+        once, _ = select_rows(make_rows(random_rows(60, seed)), selection, **arguments)
+    except RecipeError:
+        assume(False)
+    rows = once.remove_columns("relabelled")
+    twice, audit = select_rows(rows, selection, **arguments)
+    assert audit.counts["kept"] == len(once) and audit.counts["relabelled"] == 0
+    assert twice.remove_columns("relabelled").to_list() == rows.to_list()
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+def refusal(rows, selection, **arguments):
+    with pytest.raises(RecipeError) as caught:
+        select_rows(make_rows(rows), selection, seed=0, **arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_rules_set_to_error_name_the_rows_and_the_way_out():
+    rows = [make_row(f"a:{i}", prompt=f"Question {i}?") for i in range(9)]
+    for i in range(1, 8):
+        rows[i]["chosen"] = ""
+    message = refusal(rows, Selection())
+    assert "broken by 7 rows, e.g. a:1, a:2, a:3, a:4, a:5, …" in message
+    assert "set selection.hygiene.empty: drop to drop and count them" in message
+    for rule, change in (
+        ("identical", {"rejected": rows[0]["chosen"]}),
+        ("ties", {"tie": True, "prompt": rows[8]["prompt"]}),
+        ("duplicates", {}),
+    ):
+        pair = [rows[0], rows[0] | {"row_id": "a:9"} | change]
+        assert f"selection.hygiene.{rule}: broken by 1 rows, e.g. a:9;" in refusal(
+            pair, Selection(hygiene=Hygiene(**{rule: "error"}))
+        )
+
+
+def test_missing_labels_and_signals_name_the_source():
+    rows = [make_row("a:0", chosen_safe=True, rejected_safe=True), make_row("b:0", prompt="Another one?")]
+    message = refusal(rows, Selection(labels="safer"))
+    assert "label policy safer needs safety labels" in message and "1 rows of b have none, e.g. b:0" in message
+    assert "chosen_safe and rejected_safe" in message and "labels: helpful" in message
+    message = refusal(rows, Selection(score=Score("severity_gap", keep=0.5)))
+    assert "severity_gap needs severities" in message and "a:0, b:0" in message
+    message = refusal(rows, Selection(score=Score("score_gap", keep=0.5)))
+    assert "score_gap is unknown (null or NaN) in 2 rows, e.g. a:0, b:0" in message
+    rows[0] |= {"score_chosen": 1.0, "score_rejected": 0.0}
+    rows[1] |= {"score_chosen": float("nan"), "score_rejected": 0.0}
+    assert "unknown (null or NaN) in 1 rows, e.g. b:0" in refusal(rows, Selection(score=Score("score_gap", keep=0.5)))
+    message = refusal(rows, Selection(score=Score("scor_gap", keep=0.5)))
+    assert "scor_gap is neither a signal nor a numeric column; did you mean score_gap?" in message
+    assert "neither a signal nor a numeric column" in refusal(rows, Selection(score=Score("category", keep=0.5)))
+
+
+def test_a_quota_of_no_group_is_refused():
+    message = refusal([make_row()], Selection(quotas=Quotas("source", {"b": 3})))
+    assert "selection.quotas.limits: no row has the source 'b'; there are e.g. a" in message
+    message = refusal([make_row()], Selection(quotas=Quotas("pair_class", {"safe/unsave": 3})))
+    assert "safe/unsafe" in message
+
+
+def test_nothing_left_gives_the_counts_by_stage():
+    rows = [make_row("a:0", rejected="x"), *scored([1, 1, 1])]
+    rows[1]["row_id"], rows[2] = "a:9", rows[2] | {"prompt": rows[1]["prompt"]}
+    message = refusal(rows, Selection(quotas=Quotas("source", {"a": 0})), bad_rows=[bad_row("a:7")])
+    assert "leaves no row of 5" in message
+    for part in (
+        "1 by rows.null answer",
+        "1 by hygiene.min_characters",
+        "1 by hygiene.duplicates",
+        "2 by quotas.source",
+    ):
+        assert part in message
+    with pytest.raises(RecipeError, match="no rows"):
+        select_rows(make_rows(rows).select([]), Selection(), seed=0)
+
+
+def bad_row(row_id):
+    return {"row_id": row_id, "source": "a", "reason": "null answer"}
+
+
+def test_overlap_of_training_and_evaluation_rows():
+    train = [make_row(f"a:{i}", prompt=f"Question {i}?") for i in range(5)]
+    held_out = [make_row(f"e:{i}", prompt=f"Question {i}!") for i in range(3)]
+    refuse_overlap(make_rows(train), make_rows(held_out))
+    held_out[1] |= {"prompt": [{"role": "user", "content": "QUESTION 3?"}]}
+    held_out[1] |= {"chosen": train[3]["rejected"].upper(), "rejected": train[3]["chosen"]}  # swapped: the same pair
+    for num_proc in (None, 2):
+        with pytest.raises(RecipeError, match="1 evaluation rows are training rows too, e.g. e:1"):
+            refuse_overlap(make_rows(train), make_rows(held_out), num_proc)
+    held_out[1]["rejected"] += " Or not."
+    refuse_overlap(make_rows(train), make_rows(held_out))
+
+
+# ---------------------------------------------------------------------------------------------- audit
+def test_the_audit_accounts_for_every_row(tmp_path):
+    rows = random_rows(300)
+    rows[0]["row_id"] = 'pku:"quoted"\n\\ é'
+    bad = [bad_row("a:7"), bad_row("a:8")]
+    kept, audit = select_rows(make_rows(rows), SELECTION, seed=5, bad_rows=bad)
+    audit.save(tmp_path / "new")
+    lines = [json.loads(line) for line in (tmp_path / "new" / "selection.jsonl").read_text("utf-8").splitlines()]
+    summary = json.loads((tmp_path / "new" / "selection.json").read_text("utf-8"))
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["selection.json", "selection.jsonl"]
+
+    fates, relabelled = slow_selection.select(rows, SELECTION, 5)
+    expected = [
+        {
+            "row_id": row["row_id"],
+            "source": "a",
+            "kept": False,
+            "stage": "rows",
+            "reason": "null answer",
+            "relabelled": False,
+        }
+        for row in bad
+    ]
+    for row in rows:
+        fate = fates[row["row_id"]]
+        expected.append(
+            {
+                "row_id": row["row_id"],
+                "source": row["source"],
+                "kept": fate is None,
+                "stage": fate and fate[0],
+                "reason": fate and fate[1],
+                "relabelled": row["row_id"] in relabelled,
+            }
+        )
+    assert lines == expected
+
+    counts = summary["counts"]
+    dropped = Counter((line["stage"], line["reason"]) for line in expected if not line["kept"])
+    assert {(entry["stage"], entry["reason"]): entry["dropped"] for entry in counts["stages"]} == dict(dropped)
+    assert audit.table() == [(*key, count) for key, count in dropped_in_order(dropped, counts)] + [
+        ("kept", "", len(kept))
+    ]
+    assert (counts["rows"], counts["kept"], counts["relabelled"]) == (302, len(kept), len(relabelled))
+    left = 302
+    for stage in ("rows", "hygiene", "labels", "score", "quotas"):
+        left -= sum(count for (of, _), count in dropped.items() if of == stage)
+        assert counts["left"][stage] == left
+    for name, before, after in (
+        ("by_source", [row["source"] for row in rows], kept["source"]),
+        ("by_role", [row["role"] for row in rows], kept["role"]),
+        ("by_class", list(map(pair_class, rows)), list(map(pair_class, kept))),
+    ):
+        assert counts[name] == {"before": dict(Counter(before)), "after": dict(Counter(after))}
+    digest = "".join(sorted(f"{row['row_id']}\t{row['relabelled']:d}\n" for row in kept))
+    assert summary["digest"] == audit.digest == hashlib.sha256(digest.encode()).hexdigest()
+    assert summary["seed"] == 5
+    assert summary["settings"]["score"]["keep"] == 0.7
+
+
+def dropped_in_order(dropped, counts):
+    return [
+        ((entry["stage"], entry["reason"]), dropped[entry["stage"], entry["reason"]]) for entry in counts["stages"]
+    ]
+
+
+def pair_class(row):
+    return slow_selection.group_of(row, "pair_class")
+
+
+def test_the_digest_tells_relabelling_apart():
+    row = make_row(chosen_safe=False, rejected_safe=True)
+    digests = {
+        select_rows(make_rows([row]), Selection(labels=labels), seed=0)[1].digest for labels in ("helpful", "safer")
+    }
+    assert len(digests) == 2
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+    assert [other.name for other in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_rows_that_are_a_choice_of_a_file(tmp_path):
+    """Rows behind an index (as `fraction` or `bad_rows: drop` leave them) come out as themselves, swapped or not."""
+    rows = random_rows(200)
+    make_rows(rows).save_to_disk(tmp_path)
+    places = random.Random(0).sample(range(200), 120)
+    chosen = [rows[place] for place in places]
+    expected, audit = check_against_slow(chosen, SELECTION)
+    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "eval_prompts": EVAL_PROMPTS}
+    on_disk, other = select_rows(Dataset.load_from_disk(tmp_path).select(places), SELECTION, **arguments)
+    assert on_disk.to_list() == expected.to_list() and audit.digest == other.digest
+    assert any(on_disk["relabelled"]) and on_disk.cache_files  # mapped: no text was copied
+
+
+# ---------------------------------------------------------------------------------------------- cache
+def test_decisions_are_read_back_and_damaged_ones_made_anew(cache, monkeypatch):
+    rows = make_rows(random_rows(120, seed=9))
+    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "cache_key": "bytes"}
+    before = set(cache.glob("*"))
+    kept, audit = select_rows(rows, SELECTION, **arguments)
+    (file,) = set(cache.glob("*")) - before
+    whole = file.read_bytes()
+
+    scans = []
+    scan = buffer.scan
+    monkeypatch.setattr(buffer, "scan", lambda *given: scans.append(1) or scan(*given))
+    again, other = select_rows(rows, SELECTION, **arguments)
+    assert not scans
+    assert again.to_list() == kept.to_list() and again._fingerprint == kept._fingerprint
+    assert other.summary == audit.summary and (other.codes == audit.codes).all()
+
+    draw = random.Random(0)
+    damaged = [b"", whole[: len(whole) // 2], whole[:-1]]
+    for place in draw.sample(range(len(whole)), 40):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
+    for content in damaged:
+        file.write_bytes(content)
+        again, other = select_rows(rows, SELECTION, **arguments)
+        assert other.summary == audit.summary and (other.codes == audit.codes).all()
+        assert again.to_list() == kept.to_list()
+    assert len(scans) >= 3
+
+
+def test_whatever_a_decision_depends_on_is_in_its_key(cache, monkeypatch):
+    rows = random_rows(60, seed=4)
+    scans = []
+    scan = buffer.scan
+    monkeypatch.setattr(buffer, "scan", lambda *given: scans.append(1) or scan(*given))
+    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "cache_key": "bytes"}
+    changed = [dict(row) for row in rows]
+    changed[3]["chosen"] += "!"
+    hygiene = replace(SELECTION.hygiene, min_characters=11)
+    calls = [
+        (rows, SELECTION, {}),
+        (changed, SELECTION, {}),
+        (rows, replace(SELECTION, hygiene=hygiene), {}),
+        (rows, replace(SELECTION, score=Score("score_gap", keep=0.6)), {}),
+        (rows, SELECTION, {"seed": 1}),
+        (rows, SELECTION, {"max_length": 25}),
+        (rows, SELECTION, {"cache_key": "other"}),
+        (rows, SELECTION, {"eval_prompts": EVAL_PROMPTS}),
+        (rows, SELECTION, {"eval_prompts": EVAL_PROMPTS[:1]}),
+        (rows, SELECTION, {"hygiene_only": True}),
+        (rows, SELECTION, {"bad_rows": [bad_row("a:1")]}),
+    ]
+    for number, (changed, selection, other) in enumerate(calls, start=1):
+        for _ in range(2):
+            select_rows(make_rows(changed), selection, **(arguments | other))
+            assert len(scans) == number
+    # Without a key for the tokenizer nothing may be kept.
+    for number in (1, 2):
+        select_rows(make_rows(rows), SELECTION, **(arguments | {"cache_key": None}))
+        assert len(scans) == len(calls) + number
