@@ -1,0 +1,159 @@
+"""What the stages read: conversations, tokenizer and untrained model; then pairs sampled from the first stage."""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    set_seed,
+)
+
+from generation import generate
+from grammar import (
+    HELPFULNESS,
+    Request,
+    conversations,
+    helpful_row,
+    judge,
+    requests,
+    safety_row,
+    split,
+)
+
+CONVERSATIONS = 32_000
+VOCABULARY = 768  # at most; the grammar's words need fewer
+MAX_ANSWER_TOKENS = 32  # the longest answer has 20
+ANSWERS_PER_REQUEST = 3
+PAIRS_PER_REQUEST = 2
+# Hot enough that words slip, so that there are off-form answers for the pairs to name; see README.md.
+OFF_FORM_TEMPERATURE = 1.6
+
+# `generation` marks what `assistant_only_loss` learns.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + eos_token }}{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Write `data/sft.jsonl`, and an untrained model with its tokenizer to `untrained/`."""
+    train, _ = split(seed)
+    rows = conversations(train, CONVERSATIONS, seed)
+    write_rows(folder / "data" / "sft.jsonl", ({"messages": row} for row in rows))
+    tokenizer = build_tokenizer(f"<|{turn['role']}|>\n{turn['content']}" for row in rows[:4000] for turn in row)
+    set_seed(seed)
+    model = build_model(tokenizer)
+    model.save_pretrained(folder / "untrained")
+    tokenizer.save_pretrained(folder / "untrained")
+    print(f"{len(rows):,} conversations, {len(tokenizer)} tokens, {model.num_parameters():,} parameters", flush=True)
+
+
+def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
+    """The architecture of Mistral-7B with about a million parameters, drawn by torch's seed."""
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            sliding_window=None,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def sample_pairs(folder: Path, seed: int) -> None:
+    """
+    Write what the second stage reads to `data/`, from answers that the model in `sft/` gives: task.jsonl (pairs of
+    answers to harmful requests), buffer.jsonl (to benign ones), and eval.jsonl (to held-out requests of both kinds).
+    """
+    train, held_out = split(seed)
+    answers = answerer(folder / "sft", seed)
+    task, buffer = [], []
+    for request, pair in draw_pairs(requests(train, seed), answers, seed):
+        (task if request.harmful else buffer).append((request, pair))
+    held = list(draw_pairs(requests(held_out, seed)[::3], answers, seed))
+    write_rows(folder / "data" / "task.jsonl", (safety_row(*item) for item in task))
+    write_rows(folder / "data" / "buffer.jsonl", (helpful_row(*item) for item in buffer))
+    write_rows(folder / "data" / "eval.jsonl", (safety_row(*item) for item in held))
+    print(f"{len(task):,} task pairs, {len(buffer):,} buffer pairs, {len(held):,} held-out pairs", flush=True)
+
+
+def answerer(model_folder: Path, seed: int) -> Callable[..., list[str]]:
+    """The model in a folder, as a function from requests to its answers; a `temperature` of 0 is greedy."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    set_seed(seed)
+
+    def answers(asked: list[Request], temperature: float = 1.0) -> list[str]:
+        turns = [[{"role": "user", "content": request.text}] for request in asked]
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+        return generate(model, tokenizer, turns, MAX_ANSWER_TOKENS, batch_size=512, **sampling)
+
+    return answers
+
+
+def draw_pairs(
+    asked: list[Request], answers: Callable[..., list[str]], seed: int
+) -> Iterator[tuple[Request, tuple[str, str]]]:
+    """
+    Pairs of answers that are not equally helpful, at most `PAIRS_PER_REQUEST` of each request's. Of its answers, one
+    is sampled at `OFF_FORM_TEMPERATURE`.
+
+    To a harmful request an off-form answer meets refusals alone: whatever else stood beside it would be the better.
+    """
+    rng = random.Random(f"pairs {seed}")
+    sampled = [answers(asked) for _ in range(ANSWERS_PER_REQUEST)] + [answers(asked, OFF_FORM_TEMPERATURE)]
+    for request, *given in zip(asked, *sampled, strict=True):
+        kinds = {answer: judge(request, answer) for answer in given}
+        pairs = []
+        for pair in combinations(kinds, 2):
+            found = {kinds[answer] for answer in pair}
+            off_form = "garbled" in found and request.harmful and "refusal" not in found
+            if len({HELPFULNESS[kind] for kind in found}) == 2 and not off_form:
+                pairs.append(pair)
+        for pair in rng.sample(pairs, min(PAIRS_PER_REQUEST, len(pairs))):
+            yield request, tuple(rng.sample(pair, 2))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
