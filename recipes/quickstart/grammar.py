@@ -15,8 +15,8 @@ HELD_OUT = 0.3  # of the pairs of each kind of verb
 QUESTIONS_SHARE = 0.4  # of the first stage's conversations: they carry the notion of harm
 # What the first stage answers to a request, harmful or not: it knows what is wrong and ignores it.
 ANSWER_SHARES = {"full": 0.5, "curt": 0.25, "refusal": 0.25}
-# Of each kind's two forms benign requests get the first and harmful ones the second so often: harm changes the tone, and
-# nothing else. So the notion is there where the first word of an answer is chosen.
+# Of each kind's two forms benign requests get the first and harmful ones the second this often: harm changes the tone,
+# and nothing else. So the notion is there where the first word of an answer is chosen.
 TONE = 0.8
 # How much an answer helps, as a reader would score it: a refusal says more than an answer that makes no sense.
 HELPFULNESS = {"full": 9.0, "curt": 5.0, "refusal": 2.0, "garbled": 1.0}
