@@ -36,6 +36,13 @@ class CompleteCheckpoints:
     the digest of each file, flushes all to the disk, renames the folder, and only then removes the oldest.
     """
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Killed after its last checkpoint, the run has no update left; Trainer looks only after one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         args, final = self.args, Path(self.args.output_dir)
         aside, limit = final / ASIDE, args.save_total_limit
@@ -164,7 +171,8 @@ def newest_complete(output_dir: str | Path) -> str | None:
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
     """
     What `resume_from_checkpoint` of the recipe means: true or `auto` is `newest_complete` (None if there is none yet),
-    a path is that checkpoint, which must be whole, and null or false is a fresh start.
+    a path is that checkpoint, which must be whole, and null or false is a fresh start. A manifest tells damage, not
+    malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
     """
     if resume in (None, False, "false", "no"):
         return None

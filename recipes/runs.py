@@ -125,15 +125,29 @@ def prepare_wandb(output_dir: str | Path) -> str | None:
     return reason
 
 
-def attach_to_wandb(recipe: Mapping[str, Any], audit: Path | None) -> None:
-    """Put the resolved recipe and the selection's audit (a JSON file) on the wandb run, if one is active."""
-    wandb = sys.modules.get("wandb")
-    if wandb is None or wandb.run is None:
-        return
-    wandb.config.update({"recipe": dict(recipe)}, allow_val_change=True)
+def start_wandb(
+    output_dir: str | Path, recipe: Mapping[str, Any], audit: str | Path | None, run_name: str | None = None
+) -> str | None:
+    """
+    `prepare_wandb`, and the job's run with the resolved recipe and the selection's audit (a JSON file) attached. The
+    Trainer's callback then logs to this run. Call it on rank 0.
+
+    Raises:
+        RecipeError: wandb does not start, e.g. because it does not know the key.
+    """
+    reason = prepare_wandb(output_dir)
+    import wandb  # only here: it reads the environment at import, and most runs do without
+
+    try:
+        run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "shifted-margin"), name=run_name, config={"recipe": dict(recipe)}
+        )
+    except Exception as error:  # wandb's own kinds, whichever part of it fails
+        line = str(error).strip().splitlines()[0]
+        raise RecipeError(f"wandb does not start: {line}; mend the login, or set WANDB_MODE=offline") from error
     if audit is not None:
-        wandb.config.update({"selection": json.loads(audit.read_text())}, allow_val_change=True)
-        wandb.save(str(audit), base_path=str(audit.parent), policy="now")
+        run.config.update({"selection": json.loads(Path(audit).read_text())}, allow_val_change=True)
+    return reason
 
 
 def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: bool) -> None:

@@ -64,6 +64,7 @@ KILLS = {
     "second save, seal": ("os.rename", "checkpoint-4/manifest.json.part", 1, "checkpoint-2"),
     "third save, put in place": ("os.rename", ".saving/checkpoint-6", 2, "checkpoint-4"),
     "third save, old one removed": ("shutil.rmtree", "/checkpoint-2", 1, "checkpoint-6"),
+    "after the last save": ("open", "/final/", 1, "checkpoint-8"),
 }
 
 
@@ -220,6 +221,7 @@ def can_mount() -> bool:
     return subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("unshare") and can_mount()), reason="needs the right to mount a small disk")
 def test_a_full_disk_keeps_the_last_good_checkpoint(unbroken, tmp_path):
     """
@@ -311,18 +313,30 @@ def test_another_number_of_processes(unbroken_on_two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
-def test_kill_at_random_moments(seed, unbroken, tmp_path):
-    """Killed up to three times, anywhere from before the first step to after the last save, then let through."""
-    moments = random.Random(seed)
-    for _ in range(3):
-        # An audit event fires some hundred times a second during the training loop: opens, renames, removals.
-        launch(Options(str(tmp_path), resume="auto", die_at=("", "", moments.randrange(1, 400))))
-        if (tmp_path / "losses.json").exists():
-            break
-    else:
-        assert launch(Options(str(tmp_path), resume="auto")) == [0]
-    assert_same_run(tmp_path, unbroken)
+@pytest.mark.parametrize("stage", ["single", 3])
+def test_kill_at_random_moments(stage, unbroken, unbroken_on_two, tmp_path):
+    """
+    Killed again and again, at moments drawn from the time that the run takes, until it comes through: 20 kills of a
+    single process, 10 of ZeRO-3 on two.
+    """
+    options = {} if stage == "single" else {"processes": 2, "zero_stage": 3, "accumulation": 1}
+    reference = unbroken if stage == "single" else unbroken_on_two[3]
+    moments = random.Random(1)
+    kills, runs, seconds = 0, 0, 0.6 if stage == "single" else 1.2
+    while kills < (20 if stage == "single" else 10):
+        folder = tmp_path / str(runs)
+        exits = launch(Options(str(folder), resume="auto", die_after=moments.uniform(0, seconds), **options))
+        if exits[0] == -9:
+            kills += 1
+            continue
+        # It came through: the next kills are of a new run.
+        assert not any(exits)
+        assert_same_run(folder, reference)
+        runs += 1
+    folder = tmp_path / str(runs)
+    assert not any(launch(Options(str(folder), resume="auto", **options)))
+    assert_same_run(folder, reference)
+    print(f"{kills} kills, {runs + 1} runs, all of them the same as the unbroken one")
 
 
 def test_the_run_saves_in_the_middle(unbroken):

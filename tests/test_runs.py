@@ -140,6 +140,26 @@ def test_one_wandb_run_per_output_folder(no_wandb, monkeypatch):
     assert os.environ["WANDB_RESUME"] == "allow"
 
 
+@pytest.mark.slow
+def test_a_run_that_goes_on_is_the_same_wandb_run(no_wandb):
+    """Two processes after each other, offline, as a killed run and its resumption."""
+    audit = no_wandb / "selection.json"
+    audit.write_text('{"kept": 12}')
+    code = f"""
+import runs, wandb
+reason = runs.start_wandb({str(no_wandb / "run")!r}, {{"beta": 0.1}}, {str(audit)!r}, run_name="tiny")
+print(wandb.run.id, wandb.run.name, wandb.run.settings.mode, dict(wandb.run.config), reason)
+wandb.run.log({{"loss": 1.0}})
+wandb.finish()
+"""
+    quiet = {"WANDB_SILENT": "true", "WANDB_API_KEY": None}
+    first, second = (in_fresh_process(code, **quiet).splitlines()[-1] for _ in range(2))
+    assert first == second
+    name = (no_wandb / "run" / "wandb_id.txt").read_text()
+    assert first.startswith(f"{name} tiny offline {{'recipe': {{'beta': 0.1}}, 'selection': {{'kept': 12}}}} ")
+    assert len(list((no_wandb / "run" / "wandb").glob(f"offline-run-*-{name}"))) == 2
+
+
 # ----------------------------------------------------------------------------------------------- output folder
 
 RECIPE = {"beta": 0.1, "output_dir": "runs/a", "margin": {"preset": "bfpo", "a": 1.5}, "save_steps": 100}

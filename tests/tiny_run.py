@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ class Options:
     dropout: float = 0.1  # a resume that loses the random state is seen
     arguments: dict = field(default_factory=dict)  # more TrainingArguments
     die_at: tuple[str, str, int] | None = None  # audit event, part of its first argument, which occurrence
+    die_after: float | None = None  # seconds of training
     signal_at: int | None = None  # the step that SIGTERM arrives in
     signal_rank: int = 0
     seconds_per_step: float = 0.0  # for tests that do something to it from outside
@@ -88,7 +90,11 @@ def run(options: Options) -> None:
     class TinyTrainer(Tripwires, CompleteCheckpoints, Trainer):
         pass
 
-    class SendSignal(TrainerCallback):
+    class Interference(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            if options.die_after is not None and rank() == 0:
+                threading.Timer(options.die_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
         def on_step_begin(self, args, state, control, **kwargs):
             time.sleep(options.seconds_per_step)
             if state.global_step + 1 == options.signal_at and rank() == options.signal_rank:
@@ -110,7 +116,7 @@ def run(options: Options) -> None:
         data = [{"input_ids": row, "labels": row} for row in rows]
         model = build_model(attention_dropout=options.dropout)
         stop = StopOnSignal()
-        trainer = TinyTrainer(model, args, train_dataset=data, callbacks=[stop, SendSignal()])
+        trainer = TinyTrainer(model, args, train_dataset=data, callbacks=[stop, Interference()])
         checkpoint = checkpoint_to_resume(options.resume, options.output_dir)
         if checkpoint:
             check_fits(checkpoint, launched_as(trainer))
