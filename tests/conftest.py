@@ -87,7 +87,7 @@ WORDS = "bake bread flour water salt yeast mix wait capital France Paris help sa
 
 
 def preference_rows(count: int, seed: int = 0) -> Dataset:
-    """Rows of the schema of `preferences.FEATURES`, of random words; every fourth row is the buffer's, all labelled."""
+    """Rows of the schema of `preferences.FEATURES`, of random words, all labelled; every fourth is the buffer's."""
     draw = random.Random(seed)
 
     def text(low: int, high: int) -> str:

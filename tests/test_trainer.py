@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
-from reference import ReferenceCache
 from trl import DPOConfig, DPOTrainer
 
 from arguments import Margin, Replay
 from conftest import build_model, preference_rows
 from margins import PAIR_CLASSES, pair_classes, row_margins
 from prefix import unsupported_reason
+from reference import ReferenceCache
 from tokens import tokenize_rows
 from trainer import ShiftedMarginTrainer, role_weighted_mean
 
