@@ -97,7 +97,7 @@ class ReferenceCache:
             )
 
 
-def namespace(weights: str, model_dtype: torch.dtype, autocast_dtype: torch.dtype | None = None) -> str:
+def namespace(weights: str, model_dtype: torch.dtype | str, autocast_dtype: torch.dtype | None = None) -> str:
     """The cache's folder name for a `weights.weights_digest` and the precision of the reference forward."""
     precision = str(model_dtype) if autocast_dtype is None else f"{model_dtype}-autocast-{autocast_dtype}"
     return f"v{FORMAT}-{weights}-{precision.replace('torch.', '')}"
@@ -159,16 +159,15 @@ def reference_logps(
     bar = tqdm(total=len(rows), desc=description, unit="pair", disable=rank > 0 or not len(rows))
     try:
         for start in range(0, len(batches), world_size):
-            mine = start + rank
-            batch = batches[min(mine, len(batches) - 1)]  # beyond the last, a forward that only keeps in step
+            # Beyond the last micro-batch a rank repeats it, only to keep in step with the others.
+            batch = batches[min(start + rank, len(batches) - 1)]
             columns = dataset[batch.tolist()]
             examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             with torch.no_grad():
                 computed = torch.stack(compute(examples), dim=1).double().cpu().numpy()
-            if mine < len(batches):
-                new = missing[codes[batch]]
-                logps[codes[batch][new]] = np.where(np.isfinite(computed), computed, np.inf)[new]
-                done[codes[batch][new]] = True
+            new = missing[codes[batch]]
+            logps[codes[batch][new]] = np.where(np.isfinite(computed), computed, np.inf)[new]
+            done[codes[batch][new]] = True
             bar.update(sum(len(batch) for batch in batches[start : start + world_size]))
             if time.monotonic() - flushed > flush_seconds:
                 flush()

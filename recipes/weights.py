@@ -25,8 +25,8 @@ from ranks import first_rank_decides
 
 THREADS = 8
 PIECE = 16 * 2**20  # bytes of a file that a thread reads and hashes at a time
-# Keys of config.json that say where weights come from or how they are held, not what the model computes.
-INCIDENTAL = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache")
+# Keys of config.json that say where weights come from, not what the model computes. Its dtype does: `auto` obeys it.
+INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache")
 
 
 def weights_digest(source: str | Path | torch.nn.Module, revision: str | None = None) -> str:

@@ -368,8 +368,9 @@ def test_the_digest_follows_what_the_config_computes(model_folder, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "elsewhere"}))
     assert weights_digest(copy) == weights_digest(model_folder)
-    (copy / "config.json").write_text(json.dumps(config | {"sliding_window": 8}))
-    assert weights_digest(copy) != weights_digest(model_folder)
+    for change in ({"sliding_window": 8}, {"dtype": "bfloat16"}):
+        (copy / "config.json").write_text(json.dumps(config | change))
+        assert weights_digest(copy) != weights_digest(model_folder)
 
 
 def test_every_piece_and_shard_enters_the_digest(tmp_path, monkeypatch):
