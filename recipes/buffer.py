@@ -22,8 +22,9 @@ from xxhash import xxh3_128_hexdigest
 from arguments import LabelPolicy, Quotas, Score, Selection
 from audit import Audit, groups_of, pair_class, read_decisions, summarise, write_decisions
 from errors import RecipeError
-from hygiene import CODES, NUMBERS, RULES, CountTokens, Facts, Ngrams, first_broken, read_facts, read_pairs
+from hygiene import CODES, NUMBERS, RULES, Facts, first_broken, read_facts, read_pairs
 from margins import PAIR_CLASSES
+from prompts import SAMPLE, CountTokens, Ngrams, TokenBound
 from scanning import scan
 
 SIGNALS = ("score_gap", "severity_gap", "length_ratio", "reference_gap")  # computed; any other names a column
@@ -80,13 +81,18 @@ def select_rows(
     if decided is None:
         if not len(rows):
             raise RecipeError("the selection was given no rows: look at the datasets' splits and fractions")
-        ngram = settings.hygiene.eval_ngram
+        ngram, answer = settings.hygiene.eval_ngram, settings.hygiene.min_answer_tokens
         ngrams = Ngrams(eval_prompts, ngram) if eval_prompts is not None and ngram is not None else None
+        bound = None
+        if None not in (answer, max_length, count_prompt_tokens):
+            # Few rows are sooner tokenised than their words are counted.
+            sample = rows.select_columns(["prompt"])[:SAMPLE]["prompt"] if len(rows) > SAMPLE else []
+            bound = TokenBound(sample, max_length - answer, count_prompt_tokens)
         extra = None if hygiene_only or settings.score is None else _extra_column(rows, settings.score)
-        read = partial(read_facts, settings=settings.hygiene, seed=seed, ngrams=ngrams, extra=extra)
+        read = partial(read_facts, settings=settings.hygiene, seed=seed, ngrams=ngrams, bound=bound, extra=extra)
         facts = scan(rows, read, num_proc)
         assert pc.count_distinct(facts["row_id"]).as_py() == len(rows), "row ids must be unique"
-        codes = first_broken(rows, facts, settings.hygiene, max_length, count_prompt_tokens)
+        codes = first_broken(rows, facts, settings.hygiene, bound, count_prompt_tokens)
         _refuse_broken(codes, facts["row_id"], settings)
         before, relabelled = pair_class(facts), np.zeros(len(rows), bool)
         if not hygiene_only:

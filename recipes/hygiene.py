@@ -4,8 +4,7 @@ facts; every decision here and in `buffer.py` is made from those.
 """
 
 import operator
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +15,9 @@ from rapidfuzz.process import cpdist
 from xxhash import xxh3_64_intdigest
 
 from arguments import Hygiene
-from scanning import BATCH, release
+from prompts import CountTokens, Ngrams, TokenBound, too_long
 
 Facts = dict[str, np.ndarray]
-CountTokens = Callable[[list[list[dict]]], list[int]]
 
 # In the order in which they are tried: a row goes by the first rule that it breaks. Each is a key of `Hygiene`.
 RULES = (
@@ -35,54 +33,10 @@ RULES = (
     "eval_ngram",
 )
 CODES = {rule: code for code, rule in enumerate(RULES, start=1)}  # 0: no rule is broken
-PROBE = 6  # words; see `Ngrams`
-SEPARATORS = str.maketrans(string.punctuation, " " * len(string.punctuation))
 NUMBERS = ("chosen_safe", "rejected_safe", "chosen_severity", "rejected_severity", "score_chosen", "score_rejected")
 
 
 # ---------------------------------------------------------------------------------------------- what a row is
-class Ngrams:
-    """
-    Runs of n words that occur in the evaluation prompts. Words are what white space and ASCII punctuation separate,
-    after case folding; a prompt's user turns count as one text. A prompt shorter than n words matches as a whole only.
-
-    Exact and cheap: any run of n words holds exactly one run of `PROBE` words that starts at a multiple of
-    n − PROBE + 1. A prompt of w words is asked about those, w/8 questions with n = 13, and compared word by word only
-    around one that is answered yes.
-    """
-
-    def __init__(self, prompts: Sequence[list[dict]], n: int):
-        self.n, self.probe = n, min(PROBE, n)
-        self.whole, self.runs, self.probes = set(), set(), set()
-        for prompt in prompts:
-            words = words_of(" ".join(turn["content"] for turn in prompt if turn["role"] == "user").casefold())
-            if len(words) < n:
-                self.whole.add(" ".join(words))
-            self.runs.update(_runs(words, n))
-            self.probes.update(_runs(words, self.probe) if len(words) >= n else ())
-        self.whole.discard("")
-
-    def shared_with(self, folded: str) -> bool:
-        """Whether a case-folded prompt shares a run of n words, or all of its words, with an evaluation prompt."""
-        words, stride = words_of(folded), self.n - self.probe + 1
-        if len(words) < self.n:
-            return " ".join(words) in self.whole
-        return any(
-            " ".join(words[start : start + self.n]) in self.runs
-            for place in range(0, len(words) - self.probe + 1, stride)
-            if " ".join(words[place : place + self.probe]) in self.probes
-            for start in range(max(0, place - stride + 1), min(place, len(words) - self.n) + 1)
-        )
-
-
-def words_of(folded: str) -> list[str]:
-    return folded.translate(SEPARATORS).split()
-
-
-def _runs(words: list[str], length: int) -> list[str]:
-    return [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]
-
-
 def _digests(texts: Sequence[str]) -> np.ndarray:
     # 64 bits: among ten million rows the chance that any two different ones meet is 3 in a million.
     return np.fromiter((xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
@@ -130,14 +84,21 @@ def read_pairs(batch: pa.RecordBatch) -> Facts:
     return _pair_keys(prompts, batch["chosen"].to_pylist(), batch["rejected"].to_pylist())
 
 
-def read_facts(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngrams | None, extra: str | None) -> dict:
+def read_facts(
+    batch: pa.RecordBatch,
+    settings: Hygiene,
+    seed: int,
+    ngrams: Ngrams | None = None,
+    bound: TokenBound | None = None,
+    extra: str | None = None,
+) -> dict:
     """
     All that the selection needs to know of each row:
     `broken` (uint8): the first broken rule of those that a row breaks by itself and that stand before `duplicates`;
     `overlap` (bool); `pair`, `side`; `order` (uint64): a digest of seed and row id, the order of every seeded choice;
-    `prompt_bytes`, `frame` (uint64: a digest of the prompt's roles); `chosen_length`, `rejected_length` in characters;
-    the columns of `NUMBERS`, and the column that `extra` names under the name `extra`, as float64; `tie`, `buffer`
-    (bool); `row_id`, `source`, `category` (Arrow).
+    `prompt_bound` (`TokenBound.of`); `frame` (uint64): a digest of the prompt's roles; `chosen_length` and
+    `rejected_length` in characters; the columns of `NUMBERS`, and the column that `extra` names under the name
+    `extra`, as float64; `tie`, `buffer` (bool); `row_id`, `source`, `category` (Arrow).
     """
     size = batch.num_rows
     spans, roles, contents = _messages(batch["prompt"])
@@ -178,14 +139,16 @@ def read_facts(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngra
         users = (" ".join(folded[i] for i in range(a, b) if roles[i] == "user") for a, b in spans)
         overlap = np.fromiter(map(ngrams.shared_with, users), bool, size)
 
-    sizes = [len(content.encode()) for content in contents]
+    bounds = np.zeros(size, np.int32)
+    if bound is not None:
+        bounds = np.fromiter((bound.of(contents[a:b]) for a, b in spans), np.int32, size)
     row_ids = batch["row_id"].to_pylist()
     return {
         "broken": broken,
         "overlap": overlap,
         **_pair_keys(_one_text(spans, roles, folded), chosen, rejected),
         "order": _digests([f"{seed}:{row_id}" for row_id in row_ids]),
-        "prompt_bytes": np.fromiter((sum(sizes[a:b]) for a, b in spans), np.int32, size),
+        "prompt_bound": bounds,
         "frame": _digests([" ".join(roles[a:b]) for a, b in spans]),
         "chosen_length": lengths[0],
         "rejected_length": lengths[1],
@@ -199,7 +162,7 @@ def read_facts(batch: pa.RecordBatch, settings: Hygiene, seed: int, ngrams: Ngra
 
 # ---------------------------------------------------------------------------------------------- the verdict
 def first_broken(
-    rows: Dataset, facts: Facts, settings: Hygiene, max_length: int | None, count_prompt_tokens: CountTokens | None
+    rows: Dataset, facts: Facts, settings: Hygiene, bound: TokenBound | None, count_prompt_tokens: CountTokens | None
 ) -> np.ndarray:
     """The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8."""
     broken = facts["broken"].copy()
@@ -213,9 +176,9 @@ def first_broken(
         mark("contradictions", _both_ways(facts["pair"], facts["side"], broken == 0))
     if settings.ties != "keep":
         mark("ties", facts["tie"])
-    if settings.min_answer_tokens is not None and max_length is not None and count_prompt_tokens is not None:
-        room = max_length - settings.min_answer_tokens
-        mark("min_answer_tokens", _too_long(rows, facts, broken == 0, room, count_prompt_tokens))
+    if bound is not None:
+        found = too_long(rows, broken == 0, facts["prompt_bound"], facts["frame"], bound, count_prompt_tokens)
+        mark("min_answer_tokens", found)
     if settings.eval_ngram is not None:
         mark("eval_ngram", facts["overlap"])
     return broken
@@ -231,30 +194,3 @@ def _seen_before(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
 def _both_ways(pair: np.ndarray, side: np.ndarray, among: np.ndarray) -> np.ndarray:
     one, other = (pair[among & (side == way)] for way in (-1, 1))
     return among & np.isin(pair, np.intersect1d(one, other)) & (side != 0)
-
-
-def _too_long(
-    rows: Dataset, facts: Facts, among: np.ndarray, room: int, count_prompt_tokens: CountTokens
-) -> np.ndarray:
-    """
-    Prompts of more than `room` tokens. A byte-level tokenizer makes at most one token of a byte (SentencePiece one
-    more per message, for the space it puts in front), so that only a prompt with more bytes than room is tokenised.
-    What the template adds around the contents depends on the roles alone; it is measured on one-letter contents,
-    since a template may leave out an empty turn, and widened by two tokens a message.
-    """
-    found = np.zeros(len(rows), bool)
-    if not among.any():
-        return found
-    prompts = rows.select_columns(["prompt"])
-    _, firsts, kind = np.unique(facts["frame"][among], return_index=True, return_inverse=True)
-    examples = prompts.select(np.flatnonzero(among)[firsts])[:]["prompt"]
-    bare = [[turn | {"content": "a"} for turn in prompt] for prompt in examples]
-    overhead = np.array(count_prompt_tokens(bare)) + [2 * len(prompt) for prompt in bare]
-    asked = among.copy()
-    asked[among] = facts["prompt_bytes"][among] + overhead[kind] > room
-    asked = np.flatnonzero(asked)
-    for start in range(0, len(asked), BATCH):
-        places = asked[start : start + BATCH]
-        found[places] = np.array(count_prompt_tokens(prompts.select(places)[:]["prompt"])) > room
-        release(rows)
-    return found

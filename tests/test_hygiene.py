@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import slow_selection
 from arguments import Hygiene
 from conftest import FEATURES
-from hygiene import CODES, RULES, Ngrams, first_broken, read_facts
+from hygiene import CODES, RULES, first_broken, read_facts
+from prompts import Ngrams, TokenBound
 from scanning import scan
 
 SCHEMA = {name: feature for name, feature in FEATURES.items() if name != "relabelled"}
@@ -29,11 +30,14 @@ def make_rows(rows):
     return Dataset.from_list(rows, features=type(FEATURES)(SCHEMA))
 
 
-def codes(rows, settings=None, eval_prompts=None, max_length=None, count=None, num_proc=None):
+def codes(rows, settings=None, eval_prompts=None, max_length=None, count=None, sample=()):
     settings = settings or Hygiene(empty="drop")
     ngrams = Ngrams(eval_prompts, settings.eval_ngram) if eval_prompts and settings.eval_ngram else None
-    facts = scan(make_rows(rows), lambda batch: read_facts(batch, settings, 0, ngrams, None), num_proc)
-    found = first_broken(make_rows(rows), facts, settings, max_length, count)
+    bound = None
+    if max_length and settings.min_answer_tokens is not None:
+        bound = TokenBound(sample, max_length - settings.min_answer_tokens, count)
+    facts = scan(make_rows(rows), lambda batch: read_facts(batch, settings, 0, ngrams, bound))
+    found = first_broken(make_rows(rows), facts, settings, bound, count)
     names = {code: rule for rule, code in CODES.items()}
     return [names.get(int(code)) for code in found]
 
@@ -191,6 +195,44 @@ def test_the_room_is_checked_against_the_slow_count_for_any_text(tokenizer):
         assert found == ["min_answer_tokens" if tokens + 16 > max_length else None for tokens in exact]
 
 
+def test_words_of_known_tokens_spare_the_tokenizer_most_prompts(tokenizer):
+    """Prompts of the tokenizer's own words: the same verdicts, and most of those over the limit in bytes not asked."""
+
+    def count(prompts):
+        asked.append(len(prompts))
+        return [
+            len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts
+        ]
+
+    asked = []
+    draw = random.Random(0)
+    vocabulary = ["bread", "capital", "yeast,", "is", "über", "France?\nParis", "", "x" * 9]
+    prompts = [" ".join(draw.choices(vocabulary, k=draw.randint(1, 80))) for _ in range(6000)]
+    rows = [make_row(f"a:{i}", prompt=prompt) for i, prompt in enumerate(prompts)]
+    settings = Hygiene(duplicates="keep", empty="keep")
+    exact = count([row["prompt"] for row in rows])
+    max_length = sorted(exact)[5700]  # room for 95 of 100
+    expected = ["min_answer_tokens" if tokens + 16 > max_length else None for tokens in exact]
+    for sample, most in (([], 6000), ([row["prompt"] for row in rows[:500]], 4000)):
+        asked.clear()
+        assert codes(rows, settings, max_length=max_length, count=count, sample=sample) == expected
+        assert sum(asked) <= most
+
+
+def test_a_tokenizer_that_breaks_the_bound_is_asked_about_every_prompt():
+    """A tokenizer of one token per letter, but for texts of one word after "a ": the bound is far too low for it."""
+
+    def count(prompts):
+        texts = [turns[-1]["content"] for turns in prompts]
+        return [5 + (2 if text.startswith("a ") else len(text)) for text in texts]
+
+    rows = [make_row(f"a:{i}", prompt="word " * (i % 100) + str(i)) for i in range(5000)]
+    exact = count([row["prompt"] for row in rows])
+    expected = ["min_answer_tokens" if tokens + 16 > 250 else None for tokens in exact]
+    found = codes(rows, max_length=250, count=count, sample=[row["prompt"] for row in rows[:100]])
+    assert found == expected and 1000 < sum(map(bool, found)) < 4000
+
+
 # ---------------------------------------------------------------------------------------------- evaluation prompts
 def test_an_ngram_is_found_wherever_it_stands():
     """A run of 13 words at every place of a prompt; with 12 of them nothing is found."""
@@ -242,11 +284,12 @@ def test_facts_of_slices_of_a_mapped_file(tmp_path):
     prompts = [[{"role": "user", "content": f"turn {i}"}] * (i % 3 + 1) for i in range(10)]
     make_rows([make_row(f"a:{i}", prompt=prompts[i], chosen="x" * i) for i in range(10)]).save_to_disk(tmp_path)
     rows = Dataset.load_from_disk(tmp_path)
+    bound = TokenBound([], 100, len)
     for part, first in ((rows.select(range(3, 8)), 3), (rows.select([3, 4, 5, 6, 7]), 3), (rows, 0)):
-        facts = scan(part, lambda batch: read_facts(batch, Hygiene(), 0, None, None))
+        facts = scan(part, lambda batch: read_facts(batch, Hygiene(), 0, bound=bound))
         numbers = range(first, first + len(part))
         assert facts["row_id"].to_pylist() == [f"a:{i}" for i in numbers]
         assert facts["chosen_length"].tolist() == list(numbers)
-        assert facts["prompt_bytes"].tolist() == [6 * (i % 3 + 1) for i in numbers]
+        assert facts["prompt_bound"].tolist() == [6 * (i % 3 + 1) for i in numbers]
         assert np.isnan(facts["score_chosen"]).all()
         assert isinstance(facts["category"], pa.Array) and facts["category"].null_count == len(part)
