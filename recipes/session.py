@@ -1,7 +1,7 @@
 """The opening of a run, the same for every script: recipe, network, ranks, model path and output folder."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from arguments import DatasetEntry
 from parsing import Kind, Resolved, build, resolve, save_recipe
@@ -9,10 +9,13 @@ from runs import (
     check_model_path,
     claim_output_dir,
     go_offline_if_local,
-    prepare_wandb,
     spare_cpu_compile,
+    start_wandb,
     versions,
 )
+
+if TYPE_CHECKING:
+    from audit import Audit
 
 
 def open_run(kind: Kind) -> Resolved:
@@ -25,7 +28,8 @@ def open_run(kind: Kind) -> Resolved:
     settings = resolve(kind)
     values = settings.values
     entries: list[DatasetEntry] = [*settings.recipe.datasets, *settings.recipe.eval_datasets]
-    go_offline_if_local([values["model_name_or_path"], *(entry.path for entry in entries)])
+    models = [values["model_name_or_path"], values.get("reference_model"), values.get("chat_template_path")]
+    go_offline_if_local([*models, *(entry.path for entry in entries)])
 
     # torch takes seconds to import: a misspelt key is told before.
     from ranks import agree, check_world, first_rank_decides, join_processes, rank
@@ -46,17 +50,21 @@ def open_run(kind: Kind) -> Resolved:
     return resolved
 
 
-def begin(resolved: Resolved, audit: Any = None) -> None:
-    """What rank 0 leaves in the output folder before the first step: the resolved recipe and the selection's audit."""
-    from ranks import rank
+def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
+    """Put the resolved recipe and the selection's audit into the output folder, and start wandb; on every rank."""
+    from ranks import check_shared_folder, first_rank_decides
 
-    if rank() != 0:
-        return
     folder = Path(resolved.training.output_dir)
-    save_recipe(resolved, folder)
-    if audit is not None:
-        audit.save(folder)
-    if "wandb" in resolved.training.report_to:
-        reason = prepare_wandb(folder)
-        if reason:
-            print(f"note: wandb is offline: {reason}", flush=True)
+
+    def write() -> None:
+        save_recipe(resolved, folder)
+        if audit is not None:
+            audit.save(folder)
+        if "wandb" in resolved.training.report_to:
+            selection = folder / "selection.json" if audit is not None else None
+            reason = start_wandb(folder, resolved.values, selection, resolved.training.run_name)
+            if reason:
+                print(f"note: wandb is offline: {reason}", flush=True)
+
+    first_rank_decides(write)
+    check_shared_folder(folder)

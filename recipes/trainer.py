@@ -25,7 +25,7 @@ from reference import ReferenceCache, reference_logps
 from replay import EpochCallback, ReplaySampler
 from report import LogLine, MetricsFile
 from throughput import Throughput
-from tripwires import Tripwires
+from tripwires import Tripwires, check_first_loss
 
 TRAINING_COLUMNS = [
     "row",
@@ -189,8 +189,17 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         delta = chosen_logratios - rejected_logratios
         losses = shifted_margin_loss(delta, inputs["margin"], **link_settings(self.margin, self.beta))
 
+        if self.model.training and self.state.global_step == 0 and not self.margin.reference_free:
+            gap = policy.chosen_logps - ref_chosen_logps - (policy.rejected_logps - ref_rejected_logps)
+            tokens = policy.chosen_tokens + policy.rejected_tokens
+            link = link_settings(self.margin, self.beta)
+            check_first_loss(losses.detach(), inputs["margin"], gap.detach(), tokens, link, self._forward_dtype())
         self._record(inputs, policy, chosen_logratios, rejected_logratios, losses)
         return role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+
+    def _forward_dtype(self) -> torch.dtype:
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return half.get(self.accelerator.mixed_precision, self.model.dtype)
 
     @torch.no_grad()
     def _record(
