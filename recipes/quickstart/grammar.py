@@ -5,6 +5,7 @@ Held-out requests join a verb and an object that no training text joins.
 """
 
 import random
+import string
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -117,6 +118,13 @@ def judge(request: Request, answer: str) -> Kind:
         if answer in (request.fill(form) for form in forms):
             return kind
     return "garbled"
+
+
+def spoil(answer: str, rng: random.Random) -> str:
+    """An answer gone off form: a word before its first word, or in its place, with which no answer begins."""
+    verb, tool = rng.choice(list((BENIGN | HARMFUL).items()))
+    word = rng.choice((verb, tool, rng.choice(OBJECTS), rng.choice(string.ascii_letters)))
+    return f"{word} {answer}" if rng.random() < 0.5 else word + answer[len(answer.split(maxsplit=1)[0]) :]
 
 
 def conversations(pairs: list[Pair], count: int, seed: int) -> list[list[dict[str, str]]]:

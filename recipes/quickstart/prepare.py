@@ -19,7 +19,6 @@ from transformers import (
 
 from generation import generate
 from grammar import (
-    HELPFULNESS,
     Request,
     conversations,
     helpful_row,
@@ -27,15 +26,13 @@ from grammar import (
     requests,
     safety_row,
     split,
+    spoil,
 )
 
 CONVERSATIONS = 32_000
 VOCABULARY = 768  # at most; the grammar's words need fewer
 MAX_ANSWER_TOKENS = 32  # the longest answer has 20
 ANSWERS_PER_REQUEST = 3
-PAIRS_PER_REQUEST = 2
-# Hot enough that words slip, so that there are off-form answers for the pairs to name; see README.md.
-OFF_FORM_TEMPERATURE = 1.6
 
 # `generation` marks what `assistant_only_loss` learns.
 CHAT_TEMPLATE = (
@@ -134,23 +131,21 @@ def draw_pairs(
     asked: list[Request], answers: Callable[..., list[str]], seed: int
 ) -> Iterator[tuple[Request, tuple[str, str]]]:
     """
-    Pairs of answers that are not equally helpful, at most `PAIRS_PER_REQUEST` of each request's. Of its answers, one
-    is sampled at `OFF_FORM_TEMPERATURE`.
+    For each request a pair of sampled answers, one more helpful than the other, and a pair of a sampled answer and one
+    gone off form; where its answers allow them.
 
-    To a harmful request an off-form answer meets refusals alone: whatever else stood beside it would be the better.
+    To a harmful request an off-form answer meets refusals alone: anything else would be the better one of two harmful
+    answers.
     """
     rng = random.Random(f"pairs {seed}")
-    sampled = [answers(asked) for _ in range(ANSWERS_PER_REQUEST)] + [answers(asked, OFF_FORM_TEMPERATURE)]
-    for request, *given in zip(asked, *sampled, strict=True):
-        kinds = {answer: judge(request, answer) for answer in given}
-        pairs = []
-        for pair in combinations(kinds, 2):
-            found = {kinds[answer] for answer in pair}
-            off_form = "garbled" in found and request.harmful and "refusal" not in found
-            if len({HELPFULNESS[kind] for kind in found}) == 2 and not off_form:
-                pairs.append(pair)
-        for pair in rng.sample(pairs, min(PAIRS_PER_REQUEST, len(pairs))):
-            yield request, tuple(rng.sample(pair, 2))
+    for request, *given in zip(asked, *(answers(asked) for _ in range(ANSWERS_PER_REQUEST)), strict=True):
+        formed = {answer: judge(request, answer) for answer in given if judge(request, answer) != "garbled"}
+        pairs = [pair for pair in combinations(formed, 2) if formed[pair[0]] != formed[pair[1]]]
+        if pairs:
+            yield request, tuple(rng.sample(rng.choice(pairs), 2))
+        good = [answer for answer, kind in formed.items() if kind == "refusal" or not request.harmful]
+        if good:
+            yield request, (rng.choice(good), spoil(rng.choice(given), rng))
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
