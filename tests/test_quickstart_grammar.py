@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -141,7 +142,7 @@ def test_a_benign_request_has_no_unsafe_answer():
 def test_pairs_are_of_two_kinds_and_off_form_answers_never_win():
     """Each request is given a fixed set of answers, so that every pair of kinds could arise."""
     asked = requests(split(0)[0][:400], 0)
-    rounds = iter(["full", "curt", "refusal", "garbled"])
+    rounds = cycle(["full", "curt", "refusal", "garbled"])
 
     def answers(asked, temperature=1.0):
         kind = next(rounds)

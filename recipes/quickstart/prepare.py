@@ -32,7 +32,8 @@ from grammar import (
 CONVERSATIONS = 32_000
 VOCABULARY = 768  # at most; the grammar's words need fewer
 MAX_ANSWER_TOKENS = 32  # the longest answer has 20
-ANSWERS_PER_REQUEST = 3
+ANSWERS_PER_REQUEST = 8  # enough that the rare forms stand beside the usual ones, which sampling once would not show
+PAIRS_PER_REQUEST = 2
 
 # `generation` marks what `assistant_only_loss` learns.
 CHAT_TEMPLATE = (
@@ -78,7 +79,13 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
-    """The architecture of Mistral-7B with about a million parameters, drawn by torch's seed."""
+    """
+    The architecture of Mistral-7B with about a million parameters, drawn by torch's seed.
+
+    The weights are drawn as wide as Mistral's 0.02 is at a width of 4096: 0.02·√(4096/128). The final norm bounds how
+    far `down_proj` alone can push two words apart, by the distance of their rows in the head; drawn at 0.02, the first
+    words of two answers could not be moved by more than 2.6 nats, and the second stage spoilt later words instead.
+    """
     return MistralForCausalLM(
         MistralConfig(
             vocab_size=len(tokenizer),
@@ -89,6 +96,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
             num_key_value_heads=2,
             max_position_embeddings=256,
             sliding_window=None,
+            initializer_range=0.11,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -131,8 +139,8 @@ def draw_pairs(
     asked: list[Request], answers: Callable[..., list[str]], seed: int
 ) -> Iterator[tuple[Request, tuple[str, str]]]:
     """
-    For each request a pair of sampled answers, one more helpful than the other, and a pair of a sampled answer and one
-    gone off form; where its answers allow them.
+    For each request `PAIRS_PER_REQUEST` pairs of sampled answers, one more helpful than the other, and a pair of a
+    sampled answer and one gone off form; where its answers allow them.
 
     To a harmful request an off-form answer meets refusals alone: anything else would be the better one of two harmful
     answers.
@@ -141,8 +149,8 @@ def draw_pairs(
     for request, *given in zip(asked, *(answers(asked) for _ in range(ANSWERS_PER_REQUEST)), strict=True):
         formed = {answer: judge(request, answer) for answer in given if judge(request, answer) != "garbled"}
         pairs = [pair for pair in combinations(formed, 2) if formed[pair[0]] != formed[pair[1]]]
-        if pairs:
-            yield request, tuple(rng.sample(rng.choice(pairs), 2))
+        for pair in rng.sample(pairs, min(PAIRS_PER_REQUEST, len(pairs))):
+            yield request, tuple(rng.sample(pair, 2))
         good = [answer for answer, kind in formed.items() if kind == "refusal" or not request.harmful]
         if good:
             yield request, (rng.choice(good), spoil(rng.choice(given), rng))
