@@ -734,10 +734,11 @@ def test_one_answer_of_a_pair(tmp_path):
         assert learn(tmp_path, rows, columns=CHAT, answer=answer) == wanted
 
 
-def test_the_safer_answer_by_its_column(tmp_path):
-    """`pku` sets safer_response_id to the response that isn't better."""
-    columns = Columns(**{**vars(PKU_OLD), "safer": "safer_response_id"})
-    rows = [pku(0, (True, True)), pku(1, (True, True))]
+@pytest.mark.parametrize("labels", [{}, {"safe": PKU_OLD.safe}], ids=["no labels", "labels that contradict it"])
+def test_the_safer_answer_by_its_column(labels, tmp_path):
+    """`pku` sets safer_response_id to the response that isn't better; the column's word counts, with labels or not."""
+    columns = Columns(**{**vars(PKU_OLD), "safe": None, "safer": "safer_response_id", **labels})
+    rows = [pku(0, (True, False)), pku(1, (False, True))]
     wanted = [[*ASK, assistant("second")], [*ASK, assistant("first")]]
     assert learn(tmp_path, rows, columns=columns, answer="safer") == wanted
 
