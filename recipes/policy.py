@@ -1,5 +1,7 @@
 """The policy and its reference: loading them, and the proof that what was saved is what was trained."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -7,6 +9,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import DPOConfig, ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -47,6 +50,18 @@ def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
     if (Path(folder) / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(load_model(base), folder)
     return load_model(base, folder)
+
+
+@contextlib.contextmanager
+def loaded_whole(accelerator: Accelerator) -> Iterator[None]:
+    """A model is loaded and used whole, by this rank alone: ZeRO-3 would split it over all, and wait for the others."""
+    plugin = accelerator.state.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
@@ -91,10 +106,11 @@ def verify_saved(
     expected = _answer_logps(trained, batch, accelerator)
 
     def compare() -> float:
-        saved = load_saved(base, folder)
-        network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
-        add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
-        found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
+        with loaded_whole(accelerator):
+            saved = load_saved(base, folder)
+            network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
+            add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
+            found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
         half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"
         if not difference <= (HALF_ERROR if half else FLOAT_ERROR):
