@@ -46,6 +46,8 @@ def main() -> None:
     agree("rows", train.audit.digest)
     if rank() == 0:
         show_selection(train, recipe.margin, args.beta)
+        if held_out is not None:
+            show_selection(held_out, recipe.margin, args.beta, "evaluation")
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
     model = load_model(resolved.model)
