@@ -71,7 +71,7 @@ class Columns:
 class DatasetEntry:
     """One source of rows."""
 
-    path: str  # a dataset on the Hub, a folder, or a file (.json, .jsonl, .csv, .parquet, .arrow; also .gz)
+    path: str  # a dataset on the Hub, a folder (also of save_to_disk), or a .json, .jsonl, .csv, .parquet, .arrow, .gz
     name: str | None = None  # configuration on the Hub
     data_files: str | list[str] | None = None
     revision: str | None = None

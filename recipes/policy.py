@@ -54,7 +54,7 @@ def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
 
 @contextlib.contextmanager
 def loaded_whole(accelerator: Accelerator) -> Iterator[None]:
-    """A model is loaded and used whole, by this rank alone: ZeRO-3 would split it over all, and wait for the others."""
+    """Load and use a model whole, on this rank alone: ZeRO-3 would split it over all, and wait for the others."""
     plugin = accelerator.state.deepspeed_plugin
     unset_hf_deepspeed_config()
     try:

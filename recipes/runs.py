@@ -15,6 +15,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,8 @@ def prepare_environment() -> None:
     the cores; and end with the launcher. Call it before torch and transformers are imported; what the user has set
     stays.
     """
+    # Of names that the pinned versions still have: DeepSpeed's gathers alone would print a dozen lines a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "LOCAL_WORLD_SIZE" in os.environ:
