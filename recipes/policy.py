@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from trl import DPOConfig, ModelConfig
@@ -41,8 +42,10 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"model {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(
+            f"model {path} cannot be loaded: {' '.join(str(error).split())}; mend that folder, or give another model"
+        ) from error
 
 
 def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:

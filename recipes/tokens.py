@@ -1,10 +1,13 @@
 """Rows into token ids, exactly as the model will see them: chat template, prefix check, counted truncation."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -63,13 +66,26 @@ def lead_with(system_message: str | None, conversations: Dataset) -> Dataset:
     )
 
 
+@contextlib.contextmanager
+def template_errors() -> Iterator[None]:
+    """What a chat template has against its own syntax or a conversation, as a `RecipeError`."""
+    try:
+        yield
+    except TemplateError as error:
+        raise RecipeError(
+            f"chat template: {error}; give one that takes these conversations (chat_template_path), or leave out what "
+            "it refuses, e.g. a system_message"
+        ) from error
+
+
 def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool) -> list[list[int]]:
     """Token ids of each conversation; `open_turn` ends it with the header of the assistant's next turn."""
     # Text first, then one batched call: the same ids as apply_chat_template(tokenize=True), several times sooner.
-    texts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        for messages in conversations
-    ]
+    with template_errors():
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            for messages in conversations
+        ]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
