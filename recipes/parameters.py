@@ -2,9 +2,11 @@
 
 import difflib
 import re
+from pathlib import Path
 
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import ModelConfig
 
 from errors import RecipeError
@@ -57,10 +59,15 @@ def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Mod
     LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules.
 
     Raises:
-        RecipeError: a target that is the name of no module; the message lists near names.
+        RecipeError: a target that is the name of no module (the message lists near names), or a model that is itself
+            an adapter, since the new one would be saved as one of the base model.
     """
     if not settings.use_peft:
         return None
+    if (Path(settings.model_name_or_path) / ADAPTER_CONFIG_NAME).is_file():
+        raise RecipeError(
+            f"model {settings.model_name_or_path} is an adapter; merge and save it first, or train without use_peft"
+        )
     targets = patterns or settings.lora_target_modules  # None lets PEFT choose by architecture
     names = [name for name, _ in model.named_modules()]
     for target in targets if isinstance(targets, list) else []:

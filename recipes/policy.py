@@ -1,6 +1,7 @@
 """The policy and its reference: loading them, and the proof that what was saved is what was trained."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,12 @@ from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from transformers.integrations import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import DPOConfig, ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -26,13 +32,25 @@ ROWS_COMPARED = 4
 
 def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
     """
-    A causal language model in the recipe's dtype. Code from the Hub is never run, and weights are safetensors.
+    A causal language model in the recipe's dtype. Code from the Hub is never run, and weights are safetensors. Of a
+    folder with an adapter, its base model with the adapter merged into it.
 
     Args:
         model: the recipe's model settings.
         path: another model than the recipe's, in the same precision.
+
+    Raises:
+        RecipeError: it cannot be loaded.
     """
     path, revision = (model.model_name_or_path, model.model_revision) if path is None else (path, None)
+    adapter = Path(path) / ADAPTER_CONFIG_NAME
+    if adapter.is_file():
+        if is_deepspeed_zero3_enabled():
+            raise RecipeError(
+                f"model {path} is an adapter, which cannot be merged under ZeRO-3; merge and save it first"
+            )
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return PeftModel.from_pretrained(load_model(model, base), path).merge_and_unload().requires_grad_(True)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -50,7 +68,7 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
 
 def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
     """What a run has saved in a folder: a model, or an adapter on the recipe's model."""
-    if (Path(folder) / "adapter_config.json").is_file():
+    if (Path(folder) / ADAPTER_CONFIG_NAME).is_file():
         return PeftModel.from_pretrained(load_model(base), folder)
     return load_model(base, folder)
 

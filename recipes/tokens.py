@@ -160,13 +160,18 @@ def tokenize_rows(
     return tokenized.remove_columns(["chosen_cut", "rejected_cut"]), counts
 
 
-def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str | None:
     """A warning where the template ends an answer with no end-of-text token, or with several; else None."""
-    found = rows[0]["chosen_ids"].count(tokenizer.eos_token_id)
+    for row in rows:
+        if max_length is None or len(row["prompt_ids"]) + len(row["chosen_ids"]) < max_length:
+            break
+    else:
+        return None  # every answer fills the length: none can show its end
+    found = row["chosen_ids"].count(tokenizer.eos_token_id)
     if found == 1:
         return None
     what = "without" if found == 0 else f"with {found} times"
     return (
-        f"the chat template ends an answer {what} the end-of-text token {tokenizer.eos_token!r} "
-        "(or the first answer is cut): generation may not stop where training did"
+        f"the chat template ends an answer {what} the end-of-text token {tokenizer.eos_token!r}: generation may not "
+        "stop where training did"
     )

@@ -4,20 +4,14 @@ Each case is a change to a run that works, made in a process of its own.
 """
 
 import json
-import os
 import re
-import runpy
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
-import torch
 
-import results  # noqa: F401 (what is slow to import: the forks share it)
 from conftest import build_tokenizer
+from forked import run_script
 
-RECIPES = Path(__file__).parents[1] / "recipes"
 USER, ANSWERS = {"role": "user", "content": "How do I bake bread?"}, ("Mix, knead and wait.", "Buy it from a baker.")
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token }}{% endfor %}"
 TEMPLATES = {
@@ -62,29 +56,6 @@ def folder(tmp_path_factory, model_folder) -> Path:
     (folder / "another run").mkdir()
     (folder / "another run" / "trainer_state.json").write_text("{}")
     return folder
-
-
-def run(script: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a recipe's script, in a fork of this process, which has imported all that is slow."""
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        child = os.fork()
-        if child == 0:
-            os.dup2(output.fileno(), 1)
-            os.dup2(errors.fileno(), 2)
-            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-            torch.set_num_threads(1)
-            sys.argv = [script, *arguments]
-            try:
-                runpy.run_path(str(RECIPES / script), run_name="__main__")
-                os._exit(0)
-            except SystemExit as end:
-                os._exit(end.code or 0)
-            except BaseException:
-                sys.excepthook(*sys.exc_info())
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        errors.seek(0)
-        return os.waitstatus_to_exitcode(status), errors.read()
 
 
 RECIPE = """\
@@ -175,7 +146,7 @@ def test_bad_input_is_refused(case, folder, model_folder, tmp_path):
     recipe.write_text((RECIPE + added).format(folder=folder, model=model_folder))
     changes = [change.replace("{folder}", str(folder)) for change in overrides.split("|") if change]
     before = sorted(folder.rglob("*"))
-    code, errors = run("dpo.py", [f"--config={recipe}", *changes])
+    code, errors = run_script("dpo.py", [f"--config={recipe}", *changes])
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2, errors[-2000:]
     assert len(lines) == 1 and "Traceback" not in errors, errors[-2000:]
