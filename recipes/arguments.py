@@ -71,7 +71,7 @@ class Columns:
 class DatasetEntry:
     """One source of rows."""
 
-    path: str  # a dataset on the Hub, a folder, or a file (.json, .jsonl, .csv, .parquet, .arrow; also .gz)
+    path: str  # a dataset on the Hub, a folder (also of save_to_disk), or a .json, .jsonl, .csv, .parquet, .arrow, .gz
     name: str | None = None  # configuration on the Hub
     data_files: str | list[str] | None = None
     revision: str | None = None
@@ -169,7 +169,7 @@ class PreferenceRecipe:
     margin: Margin = field(default_factory=Margin)
     trainable_parameters: Patterns | None = None  # None: all; with LoRA these are its target modules
     prefix_sharing: bool = True  # compute a pair's prompt once for both answers
-    chat_template_path: str | None = None  # a .jinja file, or a folder or Hub id with a tokenizer; None: the model's
+    chat_template_path: str | None = None  # a .jinja file; None: the model's own template
     system_message: str | None = None  # put before conversations that have none; may be empty
     pad_token: str | None = None  # one of the tokenizer's, where it has not said which it pads with
     pairs_per_update: Count | None = None  # task and buffer pairs on all devices; sets gradient_accumulation_steps

@@ -43,6 +43,7 @@ TRAINING_COLUMNS = {
     "Logits/rejected": "logits/rejected",
     "Logits/chosen": "logits/chosen",
 }
+ROWS_OF_A_LOG = 20
 PLOTS = ("loss", "rewards", "margins", "accuracies", "margin_histogram")
 FORMULAS = {
     "logistic": "−log σ(βΔ − m)",
@@ -144,14 +145,20 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
 
 
 def training_table(records: list[Record]) -> tuple[list[str], Rows]:
-    """A row per evaluation with the last training loss logged by then; columns that no evaluation has are left out."""
-    evaluated = evaluations(records)
-    columns = {
-        name: f"eval_{key}" for name, key in TRAINING_COLUMNS.items() if any(f"eval_{key}" in r for r in evaluated)
-    }
+    """
+    A row per evaluation with the last training loss logged by then; of a run without one, rows of the training log
+    instead, `ROWS_OF_A_LOG` at most. Columns that no row has are left out.
+    """
+    shown, prefix = evaluations(records), "eval_"
+    if not shown:
+        shown, prefix = [record for record in records if "loss" in record], ""
+        places = np.linspace(0, len(shown) - 1, min(len(shown), ROWS_OF_A_LOG)).round().astype(int)
+        shown = [shown[place] for place in places]
+    columns = {name: prefix + key for name, key in TRAINING_COLUMNS.items() if prefix + key != "loss"}
+    columns = {name: key for name, key in columns.items() if any(key in record for record in shown)}
     steps, losses = series(records, "loss")
     rows = []
-    for record in evaluated:
+    for record in shown:
         logged = [loss for step, loss in zip(steps, losses, strict=True) if step <= record["step"]]
         rows.append(
             [

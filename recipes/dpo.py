@@ -42,10 +42,12 @@ def main() -> None:
     gaps = partial(reference_gaps, resolved=resolved, tokenizer=tokenizer)
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:
-        refuse_overlap(train.dataset, held_out.dataset)
+        refuse_overlap(train.audit.rows, held_out.dataset, args.dataset_num_proc)  # also those that hygiene dropped
     agree("rows", train.audit.digest)
     if rank() == 0:
         show_selection(train, recipe.margin, args.beta)
+        if held_out is not None:
+            show_selection(held_out, recipe.margin, args.beta, "evaluation")
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
     model = load_model(resolved.model)
@@ -65,7 +67,7 @@ def main() -> None:
         replay=recipe.selection.replay,
         prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
         reference_cache=open_cache(recipe.reference_cache, resolved.model, args),
-        peft_config=lora_config(resolved.model, recipe.trainable_parameters),
+        peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

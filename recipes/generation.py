@@ -36,15 +36,23 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
             prompts.append([{"role": "user", "content": line}])
             continue
         try:
-            row = json.loads(line)
-            prompts.append(row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            prompts.append(_conversation(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError is a ValueError
             raise RecipeError(
-                f'prompts: {path}, line {number}: not an object with "prompt" or "messages" ({error})'
+                f'prompts: {path}, line {number}: not an object with "prompt" (text) or "messages" (a list of objects '
+                f'with "role" and "content") ({error})'
             ) from error
     if not prompts:
         raise RecipeError(f"prompts: {path} holds no prompt")
     return prompts
+
+
+def _conversation(row: dict) -> list[dict[str, str]]:
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    for message in messages:
+        if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
+            raise TypeError("a role or content is no text")
+    return messages
 
 
 @torch.no_grad()

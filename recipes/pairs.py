@@ -91,7 +91,7 @@ def prepare_pairs(
     tokenized, cut = tokenize(kept)
     values = row_margins(tokenized, recipe.margin)
     warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")
-    notice = end_token_notice(tokenized, tokenizer)
+    notice = end_token_notice(tokenized, tokenizer, max_length)
     columns = {
         "row": np.arange(len(tokenized)),
         "margin": values,

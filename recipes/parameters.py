@@ -2,9 +2,11 @@
 
 import difflib
 import re
+from pathlib import Path
 
 from peft import LoraConfig
 from torch import nn
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import ModelConfig
 
 from errors import RecipeError
@@ -37,11 +39,9 @@ def select_parameters(model: nn.Module, patterns: list[str] | None) -> tuple[int
         except re.error as error:
             raise RecipeError(f"trainable_parameters: {pattern!r} is not a regular expression: {error}") from error
         if not matched:
-            parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
-            near = difflib.get_close_matches(pattern, parts, n=5, cutoff=0.4) or parts
             raise RecipeError(
                 f"trainable_parameters: {pattern!r} matches no parameter of {type(model).__name__}; near names: "
-                f"{', '.join(near)}"
+                f"{_near(pattern, names)}"
             )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
@@ -54,20 +54,43 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad), total
 
 
-def lora_config(model: ModelConfig, patterns: list[str] | None) -> LoraConfig | None:
-    """LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules."""
-    if not model.use_peft:
+def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Module) -> LoraConfig | None:
+    """
+    LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules.
+
+    Raises:
+        RecipeError: a target that is the name of no module (the message lists near names), or a model that is itself
+            an adapter, since the new one would be saved as one of the base model.
+    """
+    if not settings.use_peft:
         return None
+    if (Path(settings.model_name_or_path) / ADAPTER_CONFIG_NAME).is_file():
+        raise RecipeError(
+            f"model {settings.model_name_or_path} is an adapter; merge and save it first, or train without use_peft"
+        )
+    targets = patterns or settings.lora_target_modules  # None lets PEFT choose by architecture
+    names = [name for name, _ in model.named_modules()]
+    for target in targets if isinstance(targets, list) else []:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            key = "trainable_parameters" if patterns else "lora_target_modules"
+            raise RecipeError(
+                f"{key}: {target!r} is no module of {type(model).__name__} that LoRA could adapt; near names: "
+                f"{_near(target, names)}"
+            )
     return LoraConfig(
-        task_type=model.lora_task_type,
-        r=model.lora_r,
-        lora_alpha=model.lora_alpha,
-        lora_dropout=model.lora_dropout,
-        # None lets PEFT choose by architecture.
-        target_modules=patterns or model.lora_target_modules,
-        target_parameters=model.lora_target_parameters,
-        modules_to_save=model.lora_modules_to_save,
-        use_rslora=model.use_rslora,
-        use_dora=model.use_dora,
+        task_type=settings.lora_task_type,
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets,
+        target_parameters=settings.lora_target_parameters,
+        modules_to_save=settings.lora_modules_to_save,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         bias="none",
     )
+
+
+def _near(word: str, names: list[str]) -> str:
+    parts = sorted({part for name in names for part in name.split(".") if part and not part.isdigit()})
+    return ", ".join(difflib.get_close_matches(word, parts, n=5, cutoff=0.4) or parts)

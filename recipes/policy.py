@@ -1,12 +1,22 @@
 """The policy and its reference: loading them, and the proof that what was saved is what was trained."""
 
+import contextlib
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import DPOConfig, ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -22,13 +32,25 @@ ROWS_COMPARED = 4
 
 def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
     """
-    A causal language model in the recipe's dtype. Code from the Hub is never run, and weights are safetensors.
+    A causal language model in the recipe's dtype. Code from the Hub is never run, and weights are safetensors. Of a
+    folder with an adapter, its base model with the adapter merged into it.
 
     Args:
         model: the recipe's model settings.
         path: another model than the recipe's, in the same precision.
+
+    Raises:
+        RecipeError: it cannot be loaded.
     """
     path, revision = (model.model_name_or_path, model.model_revision) if path is None else (path, None)
+    adapter = Path(path) / ADAPTER_CONFIG_NAME
+    if adapter.is_file():
+        if is_deepspeed_zero3_enabled():
+            raise RecipeError(
+                f"model {path} is an adapter, which cannot be merged under ZeRO-3; merge and save it first"
+            )
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return PeftModel.from_pretrained(load_model(model, base), path).merge_and_unload().requires_grad_(True)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path,
@@ -38,15 +60,29 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"model {path} cannot be loaded: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise RecipeError(
+            f"model {path} cannot be loaded: {' '.join(str(error).split())}; mend that folder, or give another model"
+        ) from error
 
 
 def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
     """What a run has saved in a folder: a model, or an adapter on the recipe's model."""
-    if (Path(folder) / "adapter_config.json").is_file():
+    if (Path(folder) / ADAPTER_CONFIG_NAME).is_file():
         return PeftModel.from_pretrained(load_model(base), folder)
     return load_model(base, folder)
+
+
+@contextlib.contextmanager
+def loaded_whole(accelerator: Accelerator) -> Iterator[None]:
+    """Load and use a model whole, on this rank alone: ZeRO-3 would split it over all, and wait for the others."""
+    plugin = accelerator.state.deepspeed_plugin
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if plugin is not None:
+            set_hf_deepspeed_config(plugin.hf_ds_config)
 
 
 def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
@@ -91,10 +127,11 @@ def verify_saved(
     expected = _answer_logps(trained, batch, accelerator)
 
     def compare() -> float:
-        saved = load_saved(base, folder)
-        network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
-        add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
-        found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
+        with loaded_whole(accelerator):
+            saved = load_saved(base, folder)
+            network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
+            add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
+            found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
         half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"
         if not difference <= (HALF_ERROR if half else FLOAT_ERROR):

@@ -110,8 +110,8 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
                     + (others or ["`answer`"])[0]
                 )
         else:
-            read, fixed = _read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
             entry = _with_answer(entry)
+            read, fixed = _read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
             _check_pairs(entry)
         features = Features({"messages": MESSAGES, "row_id": Value("string")})
         rows, bad = _map(entry, source, seed, num_proc, read, features, fixed)

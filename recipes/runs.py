@@ -15,6 +15,7 @@ import tempfile
 import urllib.parse
 import urllib.request
 import uuid
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +47,8 @@ def prepare_environment() -> None:
     the cores; and end with the launcher. Call it before torch and transformers are imported; what the user has set
     stays.
     """
+    # Of names that the pinned versions still have: DeepSpeed's gathers alone would print a dozen lines a step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -163,7 +166,7 @@ def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: 
         RecipeError: with the way out.
     """
     folder = Path(output_dir)
-    _check_writable(folder)
+    check_writable(folder)
     found = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern))
     if not found:
         return
@@ -187,6 +190,30 @@ def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: 
             f"output_dir {folder} holds a run of another recipe ({shown}{more}); choose another output_dir, or go on "
             "with the recipe.yaml of that folder"
         )
+
+
+def check_writable(folder: Path) -> None:
+    """
+    Write a file under `folder`, or where it will be made, and take it away again.
+
+    Raises:
+        RecipeError: that does not work.
+    """
+    place = _existing_parent(folder)
+    made = folder.absolute().relative_to(place).parts
+    try:
+        folder.mkdir(parents=True, exist_ok=True)  # also tells a file that stands in the way
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as error:
+        raise RecipeError(
+            f"output_dir {folder} cannot be written ({error.strerror}: {error.filename or folder}); choose another "
+            "output_dir, or mend the access to it"
+        ) from error
+    finally:
+        for depth in range(len(made), 0, -1):
+            with contextlib.suppress(OSError):
+                place.joinpath(*made[:depth]).rmdir()
 
 
 def check_model_path(path: str, revision: str | None = None) -> None:
@@ -266,25 +293,6 @@ def _existing_parent(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
-
-
-def _check_writable(folder: Path) -> None:
-    """Write a file under `folder`, or where it will be made, and take it away again."""
-    place = _existing_parent(folder)
-    made = folder.absolute().relative_to(place).parts
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # also tells a file that stands in the way
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise RecipeError(
-            f"output_dir {folder} cannot be written ({error.strerror}: {error.filename or folder}); choose another "
-            "output_dir, or mend the access to it"
-        ) from error
-    finally:
-        for depth in range(len(made), 0, -1):
-            with contextlib.suppress(OSError):
-                place.joinpath(*made[:depth]).rmdir()
 
 
 def _logged_in(host: str) -> bool:

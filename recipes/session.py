@@ -7,6 +7,7 @@ from arguments import DatasetEntry
 from parsing import Kind, Resolved, build, resolve, save_recipe
 from runs import (
     check_model_path,
+    check_writable,
     claim_output_dir,
     go_offline_if_local,
     spare_cpu_compile,
@@ -40,8 +41,12 @@ def open_run(kind: Kind) -> Resolved:
     agree("recipe", values)
     agree("versions", versions())
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
-    resuming = bool(values.get("resume_from_checkpoint"))
-    if kind != "evaluate":
+    if kind == "evaluate":
+        if values.get("reference_model"):
+            first_rank_decides(lambda: check_model_path(values["reference_model"]))
+        first_rank_decides(lambda: check_writable(Path(values["output_dir"])))
+    else:
+        resuming = bool(values.get("resume_from_checkpoint"))
         first_rank_decides(lambda: claim_output_dir(values["output_dir"], values, resuming))
     resolved = build(settings)
     if rank() == 0:

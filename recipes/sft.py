@@ -24,7 +24,7 @@ def main() -> None:
     from preferences import load_conversations
     from ranks import Watch, rank
     from results import finish_sft, show_lengths
-    from tokens import lead_with, load_tokenizer
+    from tokens import lead_with, load_tokenizer, template_errors
     from trainer import ConversationTrainer
 
     watch = Watch()
@@ -43,15 +43,16 @@ def main() -> None:
 
     # ---------------------------------------------------------------- train, save, report
     stop = StopOnSignal()
-    trainer = ConversationTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=tokenizer,
-        peft_config=lora_config(resolved.model, recipe.trainable_parameters),
-        callbacks=[stop],
-    )
+    with template_errors():  # TRL renders the conversations
+        trainer = ConversationTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
+            callbacks=[stop],
+        )
     if rank() == 0:
         show_lengths(trainer, len(train))
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

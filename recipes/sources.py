@@ -20,6 +20,7 @@ from arguments import DatasetEntry
 from errors import RecipeError
 from reading import did_you_mean
 
+SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
 
@@ -74,6 +75,8 @@ def load_rows(entry: DatasetEntry) -> Dataset:
         target, options = BUILDERS[suffix], {"data_files": {re.split(r"\W", entry.split)[0]: str(path)}}
         if target == "csv":
             options["keep_default_na"] = False  # an answer that reads "None" or "N/A" is an answer
+    elif any((path / name).is_file() for name in SAVED):
+        return _saved(path, entry.split, where)
     elif path.is_dir():
         target = str(path.resolve())  # datasets names the folder, which it can't for "."
     else:
@@ -82,8 +85,11 @@ def load_rows(entry: DatasetEntry) -> Dataset:
             if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1:
                 raise RecipeError(f"{where}: no such file or folder; correct `path`{_near(path)}")
             _leave_the_hub_if_unreachable()
+    split = entry.split
     try:
-        rows = datasets.load_dataset(target, split=entry.split, **options)
+        if path.is_dir():
+            options["name"], split = _folder_holds(target, entry, where)
+        rows = datasets.load_dataset(target, split=split, **options)
     except DatasetGenerationError as error:
         fault = _first_fault(path, _files(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
         raise RecipeError(f"{where}: {fault}") from error
@@ -105,6 +111,35 @@ def load_rows(entry: DatasetEntry) -> Dataset:
     if not len(rows):
         raise RecipeError(f"{where}: no rows in split {entry.split!r}")
     return rows
+
+
+def _folder_holds(folder: str, entry: DatasetEntry, where: str) -> tuple[str | None, str]:
+    """
+    The configuration and split of a folder that stand for those the entry names. A folder whose files name none has a
+    single one of each, which datasets calls default and train: as with a file, they are the ones that are meant.
+    """
+    name = None if datasets.get_dataset_config_names(folder) == ["default"] else entry.name
+    files = datasets.load_dataset_builder(folder, name=name, data_files=entry.data_files).config.data_files
+    wanted = re.split(r"\W", entry.split)[0]
+    if wanted in files:
+        return name, entry.split
+    if list(files) == ["train"] and not any("train" in Path(file).name for file in files["train"]):
+        return name, entry.split.replace(wanted, "train", 1)
+    raise _no_split(wanted, [*map(str, files)], where)
+
+
+def _saved(path: Path, split: str, where: str) -> Dataset:
+    """Rows that `save_to_disk` has written: one set, or several by the names of their splits."""
+    saved = datasets.load_from_disk(str(path))
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise _no_split(split, [*map(str, saved)], where)
+    return saved[split]
+
+
+def _no_split(name: str, names: list[str], where: str) -> RecipeError:
+    return RecipeError(f"{where}: no split {name!r}; set `split` to one of {', '.join(names)}")
 
 
 def draw_fraction(rows: int, fraction: float, seed: int, source: str) -> np.ndarray:

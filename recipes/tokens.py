@@ -1,10 +1,13 @@
 """Rows into token ids, exactly as the model will see them: chat template, prefix check, counted truncation."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import xxhash
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
@@ -63,13 +66,26 @@ def lead_with(system_message: str | None, conversations: Dataset) -> Dataset:
     )
 
 
+@contextlib.contextmanager
+def template_errors() -> Iterator[None]:
+    """What a chat template has against its own syntax or a conversation, as a `RecipeError`."""
+    try:
+        yield
+    except TemplateError as error:
+        raise RecipeError(
+            f"chat template: {error}; give one that takes these conversations (chat_template_path), or leave out what "
+            "it refuses, e.g. a system_message"
+        ) from error
+
+
 def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool) -> list[list[int]]:
     """Token ids of each conversation; `open_turn` ends it with the header of the assistant's next turn."""
     # Text first, then one batched call: the same ids as apply_chat_template(tokenize=True), several times sooner.
-    texts = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
-        for messages in conversations
-    ]
+    with template_errors():
+        texts = [
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+            for messages in conversations
+        ]
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -144,13 +160,18 @@ def tokenize_rows(
     return tokenized.remove_columns(["chosen_cut", "rejected_cut"]), counts
 
 
-def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str | None:
     """A warning where the template ends an answer with no end-of-text token, or with several; else None."""
-    found = rows[0]["chosen_ids"].count(tokenizer.eos_token_id)
+    for row in rows:
+        if max_length is None or len(row["prompt_ids"]) + len(row["chosen_ids"]) < max_length:
+            break
+    else:
+        return None  # every answer fills the length: none can show its end
+    found = row["chosen_ids"].count(tokenizer.eos_token_id)
     if found == 1:
         return None
     what = "without" if found == 0 else f"with {found} times"
     return (
-        f"the chat template ends an answer {what} the end-of-text token {tokenizer.eos_token!r} "
-        "(or the first answer is cut): generation may not stop where training did"
+        f"the chat template ends an answer {what} the end-of-text token {tokenizer.eos_token!r}: generation may not "
+        "stop where training did"
     )

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
@@ -256,20 +257,25 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
+        summary = "train_runtime" in logs  # what ends training; an evaluation may have come before it
+        mode = "train" if summary or self.model.training else "eval"
         metrics = self.pair_metrics[mode]
         if not metrics.empty:
             every_rank_saw_all = mode == "eval"
             report = metrics.report(
                 (lambda sums: sums) if every_rank_saw_all else self.accelerator.reduce, self.replay.weight
             )
-            loss = report.pop("loss")
-            if mode == "eval":
-                # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
-                logs["eval_loss"] = loss
-            self._metrics[mode] = self._metrics[mode].__class__(list, {key: [value] for key, value in report.items()})
-            if mode == "train":
-                logs |= self.throughput.report()
+            if summary:
+                logs = logs | report | self.throughput.report()  # of the steps since the last log
+            else:
+                loss = report.pop("loss")
+                if mode == "eval":
+                    # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
+                    logs["eval_loss"] = loss
+                else:
+                    logs |= self.throughput.report()
+                report = {key: [value] for key, value in report.items()}
+                self._metrics[mode] = self._metrics[mode].__class__(list, report)
         super().log(logs, start_time)
 
 
@@ -323,6 +329,7 @@ def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedToken
         rows = rows.add_column(name, np.full(len(rows), value))
     args = copy.copy(resolved.training)
     args.precompute_ref_log_probs = True
+    args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False  # nothing is evaluated here
     model = load_model(resolved.model)
     scored = ShiftedMarginTrainer(
         model=model,

@@ -2,12 +2,19 @@
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState
+
+import trainer  # noqa: F401 (what the scripts are slow to import: their forks share it)
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
@@ -54,3 +61,25 @@ def _rank(sender, rank: int, world_size: int, port: int, work: Callable[..., Any
         sender.send((False, traceback.format_exc()))
     finally:
         os._exit(0)  # without the parent's exit handlers
+
+
+def run_script(script: str, arguments: list[str]) -> tuple[int, str]:
+    """Exit code and stderr of a script in recipes/, run as a user would, but in a fork of this process."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(errors.fileno(), 2)
+            sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+            torch.set_num_threads(1)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            sys.argv = [script, *arguments]
+            try:
+                runpy.run_path(str(Path(__file__).parents[1] / "recipes" / script), run_name="__main__")
+                os._exit(0)
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        errors.seek(0)
+        return os.waitstatus_to_exitcode(status), errors.read()

@@ -218,8 +218,15 @@ def test_tables_escape_what_would_break_them():
     assert markdown_table((["Value", "n"], [["a|b", "1"]])) == "| Value | n |\n| :-- | --: |\n| a\\|b | 1 |"
 
 
-def test_a_run_without_evaluations_has_an_empty_training_table():
-    assert training_table([{"step": 1, "epoch": 0.1, "loss": 2.0}])[1] == []
+def test_a_run_without_evaluations_shows_its_training_log():
+    """Of 100 logged steps 20 from the first to the last, with the columns that they have and no validation loss."""
+    assert training_table([]) == (["Training Loss", "Epoch", "Step"], [])
+    records = [{"step": n, "epoch": n / 100, "loss": float(n), "rewards/margins": n / 10} for n in range(1, 101)]
+    header, rows = training_table(records)
+    assert header == ["Training Loss", "Epoch", "Step", "Rewards/margins"]
+    assert len(rows) == 20
+    assert rows[0] == ["1.0000", "0.0100", "1", "0.1000"]
+    assert rows[-1] == ["100.0", "1.0000", "100", "10.0000"]
 
 
 def test_what_the_card_knows_is_what_the_project_has():

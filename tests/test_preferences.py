@@ -125,6 +125,20 @@ LAYOUTS = {
             row(prompt=ASK, chosen="yes", rejected="no", score_chosen=7.0, score_rejected=7.0, tie=True),
         ],
     ),
+    "pku-saferlhf-30k": (
+        [pku(1, (1, 0)), pku(0, (0, 1))],  # some copies write the labels as numbers
+        [
+            row(prompt=ASK, chosen="second", rejected="first", chosen_safe=False, rejected_safe=True),
+            row(prompt=ASK, chosen="first", rejected="second", chosen_safe=False, rejected_safe=True),
+        ],
+    ),
+    "ultrafeedback-argilla": (
+        [
+            {"source": "x", "prompt": "ask", "chosen": [user("ask"), assistant("yes")], "chosen-rating": 5.0,
+             "rejected": [user("ask"), assistant("no")], "rejected-rating": 3}
+        ],
+        [row(prompt=ASK, chosen="yes", rejected="no", score_chosen=5.0, score_rejected=3.0)],
+    ),
     "hh-rlhf": (
         [
             {
@@ -227,16 +241,6 @@ def test_every_layout_has_a_recipe():
 
 
 OTHERS = {
-    "PKU, old layout": (
-        PKU_OLD,
-        [pku(1, (True, False))],
-        [row(prompt=ASK, chosen="second", rejected="first", chosen_safe=False, rejected_safe=True)],
-    ),
-    "argilla, with hyphens": (
-        Columns(prompt="prompt", **PAIR, score_chosen="chosen-rating", score_rejected="rejected-rating"),
-        [{"prompt": "q", **GOOD, "chosen-rating": 5.0, "rejected-rating": 3}],
-        [row(prompt=[user("q")], chosen="good", rejected="bad", score_chosen=5.0, score_rejected=3.0)],
-    ),
     "trl-lib, the prompt inside chosen and rejected": (
         Columns(**PAIR, score_chosen="score_chosen", score_rejected="score_rejected"),
         [{**GOOD, "score_chosen": 5.0, "score_rejected": 3.5}],
@@ -345,6 +349,41 @@ def test_kinds_of_file(tmp_path):
             ("q", "N/A", "b"),
             ("p", "None", "d"),
         ], entry.path
+
+
+@pytest.mark.parametrize("layout", ["parts", "named split", "saved", "saved splits"])
+def test_kinds_of_folder(layout, tmp_path):
+    """
+    Files that name no split are the one that the entry names, and so is a single set that was saved by
+    `save_to_disk`; where there are several, it is the one of that name.
+    """
+    plain = [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "c", "rejected": "d"}]
+    folder, rows = tmp_path / "rows", datasets.Dataset.from_list(plain)
+    folder.mkdir()
+    if layout == "parts":
+        for part in (0, 1):
+            write(folder / f"part-{part}.jsonl", plain[part : part + 1])
+    elif layout == "named split":
+        (folder / "data").mkdir()
+        rows.to_parquet(folder / "data" / "train_prefs-00000-of-00001.parquet")
+        rows.select([0]).to_parquet(folder / "data" / "test_prefs-00000-of-00001.parquet")
+    elif layout == "saved":
+        rows.save_to_disk(folder)
+    else:
+        datasets.DatasetDict(train_prefs=rows, test_prefs=rows.select([0])).save_to_disk(folder)
+    columns = Columns(prompt="prompt", **PAIR)
+    entry = DatasetEntry(str(folder), name="preference", split="train_prefs", columns=columns)
+    assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["a", "c"]
+    if layout in ("named split", "saved splits"):
+        with pytest.raises(RecipeError, match="no split 'test'; set `split` to one of t.*_prefs, t.*_prefs"):
+            load_preferences([DatasetEntry(str(folder), split="test", columns=columns)], seed=0)
+
+
+def test_a_folder_of_training_rows_is_no_test_split(tmp_path):
+    write(tmp_path / "train-0.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}])
+    entry = DatasetEntry(str(tmp_path), split="test", columns=Columns(prompt="prompt", **PAIR))
+    with pytest.raises(RecipeError, match="no split 'test'; set `split` to one of train"):
+        load_preferences([entry], seed=0)
 
 
 def test_no_module_knows_a_source_by_name():
@@ -734,10 +773,11 @@ def test_one_answer_of_a_pair(tmp_path):
         assert learn(tmp_path, rows, columns=CHAT, answer=answer) == wanted
 
 
-def test_the_safer_answer_by_its_column(tmp_path):
-    """`pku` sets safer_response_id to the response that isn't better."""
-    columns = Columns(**{**vars(PKU_OLD), "safer": "safer_response_id"})
-    rows = [pku(0, (True, True)), pku(1, (True, True))]
+@pytest.mark.parametrize("labels", [{}, {"safe": PKU_OLD.safe}], ids=["no labels", "labels that contradict it"])
+def test_the_safer_answer_by_its_column(labels, tmp_path):
+    """`pku` sets safer_response_id to the response that isn't better; the column's word counts, with labels or not."""
+    columns = Columns(**{**vars(PKU_OLD), "safe": None, "safer": "safer_response_id", **labels})
+    rows = [pku(0, (True, False)), pku(1, (False, True))]
     wanted = [[*ASK, assistant("second")], [*ASK, assistant("first")]]
     assert learn(tmp_path, rows, columns=columns, answer="safer") == wanted
 

@@ -1,0 +1,153 @@
+"""The scripts from a recipe to an output folder, on a tiny model and rows in a file."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from conftest import WORDS
+from forked import run_script
+
+RECIPE = """\
+model_name_or_path: {model}
+output_dir: {out}
+dtype: float32
+bf16: false
+use_cpu: true
+max_steps: 3
+learning_rate: 1.0e-2
+logging_steps: 2
+eval_strategy: steps
+eval_steps: 2
+per_device_train_batch_size: 4
+margin: {{preset: bfpo}}
+datasets:
+  - path: {folder}/train.jsonl
+    columns: {{prompt: prompt, chosen: chosen, rejected: rejected, chosen_safe: safe, rejected_safe: false}}
+eval_datasets:
+  - {{path: {folder}/test.jsonl, columns: {{prompt: prompt, chosen: chosen, rejected: rejected, chosen_safe: safe,
+      rejected_safe: false}}}}
+"""
+
+
+def script(name: str, *arguments: str) -> None:
+    code, errors = run_script(f"{name}.py", list(arguments))
+    assert code == 0, errors[-3000:]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, model_folder) -> Path:
+    """Rows, prompts, and two finished runs: `full` and `lora`."""
+    folder = tmp_path_factory.mktemp("scripts")
+    draw = random.Random(0)
+    for name, count in (("train", 40), ("test", 11)):
+        rows = [
+            {key: " ".join(draw.choices(WORDS, k=8)) for key in ("prompt", "chosen", "rejected")} | {"safe": n % 2}
+            for n in range(count)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.txt").write_text("How do I bake bread?\n\nWhat is salt?\n")
+    (folder / "full.yaml").write_text(RECIPE.format(folder=folder, model=model_folder, out=folder / "full"))
+    script("dpo", f"--config={folder}/full.yaml")
+    lora = ["--use_peft=true", "--trainable_parameters=[down_proj]", f"--output_dir={folder}/lora"]
+    script("dpo", f"--config={folder}/full.yaml", *lora)
+    return folder
+
+
+def metrics(out: Path) -> list[dict]:
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: record[key] for key in record if "runtime" not in key and "per_second" not in key} for record in records
+    ]
+
+
+def test_the_output_folder_has_what_people_expect(folder):
+    found = {path.name for path in (folder / "full").iterdir()}
+    assert found >= {
+        "model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "recipe.yaml", "selection.json",
+        "selection.jsonl", "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json",
+        "metrics.jsonl", "README.md",
+    }  # fmt: skip
+    assert (folder / "lora" / "adapter_model.safetensors").is_file()
+    plots = {path.stem for path in (folder / "full" / "plots").glob("*.png")}
+    assert plots == {"loss", "rewards", "margins", "accuracies", "margin_histogram"}
+
+
+def test_the_steps_after_the_last_log_have_their_loss_too(folder):
+    """Three steps, logged every second one: the third is in the record of the end."""
+    steps = [record["step"] for record in metrics(folder / "full") if "loss" in record]
+    assert steps == [2, 3]
+
+
+def test_the_resolved_recipe_is_the_same_run(folder):
+    script("dpo", f"--config={folder}/full/recipe.yaml", f"--output_dir={folder}/again")
+    ours, theirs = metrics(folder / "full"), metrics(folder / "again")
+    assert [record.get("loss", record.get("eval_loss")) for record in ours] == [
+        record.get("loss", record.get("eval_loss")) for record in theirs
+    ]
+    first, second = (load_file(folder / name / "model.safetensors") for name in ("full", "again"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+@pytest.mark.parametrize("run", ["full", "lora"])
+def test_an_evaluation_of_what_was_saved_gives_the_runs_own_numbers(run, folder, model_folder):
+    out = folder / f"{run}-evaluation"
+    own = [f"--model_name_or_path={folder / run}", f"--output_dir={out}", f"--prompts={folder}/prompts.txt"]
+    script(
+        "evaluate", f"--config={folder / run}/recipe.yaml", f"--reference_model={model_folder}", *own,
+        "--max_new_tokens=4",
+    )  # fmt: skip
+    found = json.loads((out / "evaluation.json").read_text())
+    expected = json.loads((folder / run / "eval_results.json").read_text())
+    names = [
+        name for name in expected if name.endswith(("loss", "chosen", "rejected", "margins", "helpful", "target"))
+    ]
+    assert len(names) > 20 and expected["eval_rewards/margins"] != 0
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    answers = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert [answer["messages"][0]["content"] for answer in answers] == ["How do I bake bread?", "What is salt?"]
+
+
+def test_an_evaluation_without_a_reference_rewards_the_log_probability(folder):
+    out = folder / "without-reference"
+    script(
+        "evaluate", f"--config={folder}/full/recipe.yaml", f"--model_name_or_path={folder}/full", f"--output_dir={out}"
+    )
+    found = json.loads((out / "evaluation.json").read_text())
+    assert found["eval_rewards/chosen"] == pytest.approx(0.01 * found["eval_logps/chosen"])
+
+
+def test_a_run_can_start_from_an_adapter(folder):
+    """The base model with the adapter in it is the start, and all of it is trained."""
+    script("dpo", f"--config={folder}/full.yaml", f"--model_name_or_path={folder}/lora", f"--output_dir={folder}/on")
+    first = next(record for record in metrics(folder / "on") if "eval_loss" in record)
+    expected = json.loads((folder / "lora" / "eval_results.json").read_text())["eval_logps/chosen"]
+    assert first["eval_logps/chosen"] == pytest.approx(expected, rel=1e-5)
+    code, errors = run_script(
+        "dpo.py", [f"--config={folder}/full.yaml", f"--model_name_or_path={folder}/lora", "--use_peft=true",
+                   f"--output_dir={folder}/twice"],
+    )  # fmt: skip
+    assert code == 2 and "is an adapter; merge and save it first" in errors
+
+
+def test_rows_are_chosen_by_the_references_gap(folder):
+    score = "--selection.score={signal: reference_gap, keep: 0.5, direction: hard}"
+    script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/gap")
+    counts = json.loads((folder / "gap" / "selection.json").read_text())["counts"]
+    assert counts["left"]["score"] == counts["left"]["labels"] // 2
+
+
+@pytest.mark.parametrize("line", ['{"prompt": 5}', '{"messages": "hi"}', '{"messages": [{"role": "user"}]}', "[]"])
+def test_prompts_that_are_none(line, folder, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text(f'{{"prompt": "hi"}}\n{line}\n')
+    arguments = [
+        f"--config={folder}/full/recipe.yaml",
+        f"--output_dir={tmp_path}",
+        "--datasets=[]",
+        "--eval_datasets=[]",
+    ]
+    code, errors = run_script("evaluate.py", [*arguments, f"--prompts={tmp_path}/prompts.jsonl", "--eval_strategy=no"])
+    assert code == 2 and "prompts.jsonl, line 2: not an object with" in errors
