@@ -79,9 +79,8 @@ def main() -> None:
     output = trainer.train(resume_from_checkpoint=checkpoint)
     stop.exit_if_stopped(trainer.state.global_step)
     trainer.save_model()
-    verify_saved(
-        args.output_dir, resolved.model, trainer.model, trainer.accelerator, train.dataset, tokenizer.pad_token_id
-    )
+    shown = train.token_ids(2)
+    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown, tokenizer.pad_token_id)
     finish(trainer, output, held_out, recipe.margin)
     watch.stop()
 

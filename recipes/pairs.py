@@ -37,6 +37,11 @@ class Pairs:
     def is_buffer(self) -> np.ndarray:
         return np.asarray(self.dataset["is_buffer"])
 
+    def token_ids(self, count: int) -> list[list[int]]:
+        """The first `count` pairs as whole conversations, the prompt with either answer."""
+        rows = self.dataset.select(range(min(count, len(self.dataset))))
+        return [row["prompt_ids"] + row[answer] for row in rows for answer in ("chosen_ids", "rejected_ids")]
+
 
 def prepare_pairs(
     entries: list[DatasetEntry],

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import (
     is_deepspeed_zero3_enabled,
@@ -18,16 +18,14 @@ from transformers.integrations import (
 )
 from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import DPOConfig, ModelConfig
-from trl.trainer.utils import add_fused_lm_head
 
 from errors import RecipeError
-from prefix import HEAD_OUTPUTS, PaddedCollator, pair_logps, unsupported_reason
+from prefix import unsupported_reason
 from ranks import first_rank_decides, rank
 from reference import DEFAULT_FOLDER, ReferenceCache, namespace
 from weights import weights_digest
 
 FLOAT_ERROR, HALF_ERROR = 1e-4, 0.05  # of a log-probability's size, for weights of 32 and of 16 bits
-ROWS_COMPARED = 4
 
 
 def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
@@ -105,7 +103,7 @@ def verify_saved(
     base: ModelConfig,
     trained: torch.nn.Module,
     accelerator: Accelerator,
-    rows: Dataset,
+    rows: list[list[int]],
     pad_token_id: int,
 ) -> float:
     """
@@ -113,25 +111,24 @@ def verify_saved(
 
     Every rank runs the trained model (ZeRO-3 gathers its weights for each forward); rank 0 loads the saved one.
 
+    Args:
+        rows: token ids of whole conversations, the same on every rank.
+
     Returns:
         The largest difference, as a part of the log-probability.
 
     Raises:
         RecipeError: it is above float error; on every rank.
     """
-    examples = rows.select(range(min(ROWS_COMPARED, len(rows)))).select_columns(
-        ["prompt_ids", "chosen_ids", "rejected_ids"]
-    )
-    batch = PaddedCollator(pad_token_id)(examples.to_list())
-    batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-    expected = _answer_logps(trained, batch, accelerator)
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id).to(accelerator.device)
+    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True).to(accelerator.device)
+    expected = _row_logps(trained, ids, mask, accelerator)
 
     def compare() -> float:
         with loaded_whole(accelerator):
-            saved = load_saved(base, folder)
-            network = saved.get_base_model() if isinstance(saved, PeftModel) else saved
-            add_fused_lm_head(network, outputs=HEAD_OUTPUTS)
-            found = _answer_logps(saved.to(accelerator.device), batch, accelerator)
+            saved = load_saved(base, folder).to(accelerator.device)
+            found = _row_logps(saved, ids, mask, accelerator)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
         half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"
         if not difference <= (HALF_ERROR if half else FLOAT_ERROR):
@@ -145,10 +142,14 @@ def verify_saved(
 
 
 @torch.no_grad()
-def _answer_logps(model: torch.nn.Module, batch: dict[str, torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+def _row_logps(
+    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator
+) -> torch.Tensor:
+    """Log-probability of each row after its first token. Shapes: ids and mask (B, T), returns (B,)."""
     training = model.training
     model.eval()
     with accelerator.autocast():
-        outputs = pair_logps(model, batch)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     model.train(training)
-    return torch.cat([outputs.chosen_logps, outputs.rejected_logps]).float()
+    chosen = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (chosen * mask[:, 1:]).sum(1)

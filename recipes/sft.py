@@ -20,7 +20,7 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
     from parameters import lora_config, select_parameters
-    from policy import load_model
+    from policy import load_model, verify_saved
     from preferences import load_conversations
     from ranks import Watch, rank
     from results import finish_sft, show_lengths
@@ -41,7 +41,7 @@ def main() -> None:
     model = load_model(resolved.model)
     select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
 
-    # ---------------------------------------------------------------- train, save, report
+    # ---------------------------------------------------------------- train, save, prove what was saved, report
     stop = StopOnSignal()
     with template_errors():  # TRL renders the conversations
         trainer = ConversationTrainer(
@@ -62,6 +62,8 @@ def main() -> None:
     output = trainer.train(resume_from_checkpoint=checkpoint)
     stop.exit_if_stopped(trainer.state.global_step)
     trainer.save_model()
+    shown = trainer.train_dataset[:4]["input_ids"]
+    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown, tokenizer.pad_token_id)
     finish_sft(trainer, output)
     watch.stop()
 

@@ -5,10 +5,14 @@ import random
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from trl import ModelConfig
 
-from conftest import WORDS
+from conftest import WORDS, build_model
+from errors import RecipeError
 from forked import run_script
+from policy import verify_saved
 
 RECIPE = """\
 model_name_or_path: {model}
@@ -73,6 +77,20 @@ def test_the_output_folder_has_what_people_expect(folder):
     assert (folder / "lora" / "adapter_model.safetensors").is_file()
     plots = {path.stem for path in (folder / "full" / "plots").glob("*.png")}
     assert plots == {"loss", "rewards", "margins", "accuracies", "margin_histogram"}
+
+
+def test_weights_that_were_saved_wrongly_are_told(model_folder, tmp_path):
+    """One weight of the saved file is off by 1: the log-probabilities differ, and the run does not say it is done."""
+    rows, config = [[5, 9, 200, 31], [7, 8, 9]], ModelConfig(model_name_or_path=model_folder, dtype="float32")
+    trained = build_model()
+    trained.save_pretrained(tmp_path)
+    accelerator = Accelerator(cpu=True)
+    assert verify_saved(str(tmp_path), config, trained, accelerator, rows, 0) < 1e-6
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="loaded again, give other log-probabilities"):
+        verify_saved(str(tmp_path), config, trained, accelerator, rows, 0)
 
 
 def test_the_steps_after_the_last_log_have_their_loss_too(folder):
