@@ -74,7 +74,9 @@ def read_launch(path: str, processes: int | None = None) -> Launch:
         )
     number = processes or given.get("num_processes")
     if not isinstance(number, int) or number < 1:
-        raise RecipeError(f"{path}: num_processes is {number!r}; give the number of processes on all machines together")
+        raise RecipeError(
+            f"{path}: num_processes is {number!r}; give the number of processes on all machines together"
+        )
     zero = _zero(path, inside) if kind == "DEEPSPEED" else {}
     return Launch(
         path,
@@ -109,9 +111,7 @@ def launch_faults(launch: Launch, training: dict[str, Any]) -> list[str]:
             "trains on one process without a word; take accelerate_configs/zero3-nodes.yaml"
         )
     if not launch.saves_weights:
-        faults.append(
-            f"{where}: without zero3_save_16bit_model: true the saved model would have no weights; set it"
-        )
+        faults.append(f"{where}: without zero3_save_16bit_model: true the saved model would have no weights; set it")
     if launch.use_cpu and not training.get("use_cpu"):
         faults.append(f"{where}: use_cpu: true needs it in the recipe as well; add --use_cpu true")
     if training.get("use_cpu") and not launch.use_cpu:

@@ -1,5 +1,5 @@
 """
-Memory that a run takes on each device, told before anything is loaded, and the disk that its checkpoints take.
+Memory that a run takes on each device, told before anything is loaded.
 
 With N parameters, P of them trained, n processes, w bytes a weight in the forward pass and k states of the optimizer
 (AdamW: 2), what stays between two micro-batches on one device is
@@ -14,18 +14,20 @@ With N parameters, P of them trained, n processes, w bytes a weight in the forwa
 
 w is what `dtype` says, or 2 under DeepSpeed with bf16 or fp16: it casts the whole model and keeps float32 masters of
 the trained weights. Without DeepSpeed there are no masters: a model loaded in bfloat16 has a bfloat16 optimizer. DDP
-keeps each gradient a second time, in its buckets. ZeRO-3 releases a gathered weight only when another 10⁹ elements are
-alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. An offloaded
-optimizer takes its masters and states to the host, and the gradients with them.
+keeps each gradient a second time, in its buckets. ZeRO-3 releases a gathered weight only when another 10⁹ elements
+are alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. An
+offloaded optimizer takes its masters and states to the host, and the gradients with them.
 
 On top come, never at once:
 
 - **the forward and backward of the largest micro-batch**: what autograd keeps, what the backward holds, and gradients
   before they are handed over. It is not a formula but a trace: the project's own forward, attention and head and
-  autograd's backward run over tensors without storage (torch's FakeTensorMode), while every storage that comes and goes
-  is counted. So frozen layers, LoRA, gradient checkpointing, shared prefixes and the head's tiles count as they are.
+  autograd's backward run over tensors without storage (torch's FakeTensorMode), while every storage that comes and
+  goes is counted. So frozen layers, LoRA, gradient checkpointing, shared prefixes and the head's tiles count as they
+  are. Attention and head are those of the CPU; a GPU's kernels were not measured.
 - **the update** under ZeRO: a float32 copy of this process's gradients, 4·P / n (ZeRO-3: of at most 10⁹ elements).
-- **the proof of what was saved**: rank 0 loads the saved weights beside the trained ones, N·(bytes of `dtype`).
+- **the proof of what was saved** (dpo.py): rank 0 loads the saved weights beside the trained ones, N·(bytes of
+  `dtype`), and scores a few padded pairs with them; traced as well.
 
 Not in it: the context of CUDA and NCCL (about 1 GB), the imports of a CPU process, fragmentation.
 """
@@ -35,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -44,12 +47,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from trl import ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from disk import OPTIMIZER_STATES
 from head import AnswerLogProbs
 from launching import Launch
 from parameters import count_parameters, lora_config, select_parameters
 from prefix import HEAD_OUTPUTS, PrefixSharedCollator, enable_prefix_sharing
 
-OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
 BUCKET = 500_000_000  # elements; DeepSpeed's reduce_bucket_size
 GATHERED = 1_050_000_000  # elements; stage3_max_live_parameters and stage3_prefetch_bucket_size
 SUB_GROUP = 1_000_000_000  # elements; the part of the weights that ZeRO-3 updates at a time
@@ -84,7 +87,7 @@ def states(total: int, trained: int, work: Work) -> list[Part]:
     """What stays between two micro-batches; see the table above. `total` is N, `trained` P."""
     launch, w, k = work.launch, work.forward_bytes, OPTIMIZER_STATES[work.optim]
     n, stage = launch.world_size, launch.zero_stage
-    N, P = f"{total / 1e9:.3f}e9", f"{trained / 1e9:.3f}e9"  # noqa: N806 (the formula's own letters)
+    N, P = f"{total / 1e9:.3f}e9", f"{trained / 1e9:.3f}e9"
     if not stage:
         twice = 2 if n > 1 else 1
         parts = [
@@ -111,27 +114,17 @@ def states(total: int, trained: int, work: Work) -> list[Part]:
     return parts
 
 
-def phases(total: int, trained: int, micro_batch: float, work: Work) -> list[Part]:
-    """What comes on top of `states`, one at a time; `micro_batch` is `trace`'s bytes."""
+def phases(total: int, trained: int, micro_batch: int, proof: int, work: Work) -> list[Part]:
+    """What comes on top of `states`, one at a time; `micro_batch` and `proof` (0: none) are traced bytes."""
     n, stage = work.launch.world_size, work.launch.zero_stage
     found = [Part("forward and backward", "traced", micro_batch)]
     if stage:
         own = min(trained / n, SUB_GROUP) if stage == 3 else trained / n
         found.append(Part("update", f"{own / 1e9:.3f}e9 x 4 B", own * 4, work.launch.offload_optimizer))
-    saved = total * work.weight_bytes
-    return [*found, Part("saved model, loaded again", f"{total / 1e9:.3f}e9 x {work.weight_bytes} B", saved)]
-
-
-def checkpoint_bytes(total: int, trained: int, work: Work, adapter: bool, only_model: bool) -> int:
-    """Disk of one checkpoint: the model (or adapter) and, for a resume, the optimizer's states of all processes."""
-    stage, k = work.launch.zero_stage, OPTIMIZER_STATES[work.optim]
-    model = (trained if adapter else total) * work.forward_bytes
-    if only_model:
-        return model
-    if not stage:
-        return model + trained * k * work.weight_bytes
-    # DeepSpeed's own files: float32 masters and states, and the weights that no master holds once more.
-    return model + trained * (k + 1) * 4 + (total - trained if stage == 3 else total) * work.forward_bytes
+    if proof:
+        formula = f"{total / 1e9:.3f}e9 x {work.weight_bytes} B + {proof / 2**30:.2f} GiB traced"
+        found.append(Part("proof of what was saved", formula, total * work.weight_bytes + proof))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------- the traced micro-batch
@@ -148,6 +141,11 @@ class MicroBatch:
     @property
     def tokens(self) -> int:
         return sum(k + n + m - 1 for k, n, m in self.pair_lengths) or self.rows * self.length
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its answers."""
+        return max((k + max(n, m) for k, n, m in self.pair_lengths), default=self.length)
 
 
 class FakeModel:
@@ -223,15 +221,21 @@ class FakeModel:
         kept = sum(weight.numel() * weight.element_size() for weight in weights) if gradients_kept else 0
         return max(0, alive.peak - kept)
 
+    def trace_forward(self, batch: MicroBatch) -> int:
+        """Most bytes alive during a forward without gradients, beyond the weights."""
+        alive = LiveBytes(self.policy)
+        with self.mode, torch.device("cpu"), torch.no_grad(), alive:
+            self.policy.eval()
+            self._forward(batch)
+        return alive.peak
+
     def _forward(self, batch: MicroBatch) -> torch.Tensor:
         """As `prefix.pair_logps` has it, but that which positions are scored must not depend on values."""
         if not batch.pair_lengths:
             add_fused_lm_head(self.causal_lm, outputs=HEAD_OUTPUTS)
             ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
             mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
-            outputs = self.policy(
-                input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False
-            )
+            outputs = self.policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False)
             return outputs.log_probs
         enable_prefix_sharing(self.causal_lm)
         examples = [
@@ -301,7 +305,7 @@ def _drop_gradient(weight: torch.Tensor) -> None:
     weight.grad = None
 
 
-def largest_micro_batch(pair_lengths: Sequence[tuple[int, int, int]], order: Any, shared: bool) -> MicroBatch:
+def largest_micro_batch(pair_lengths: Sequence[tuple[int, int, int]], order: np.ndarray, shared: bool) -> MicroBatch:
     """
     The micro-batch with the most tokens of an epoch.
 
@@ -310,8 +314,6 @@ def largest_micro_batch(pair_lengths: Sequence[tuple[int, int, int]], order: Any
         order: row indices, shape (…, batch size), as `ReplaySampler.order` gives them.
         shared: pairs share their prompts; else both answers are padded to the longest of all.
     """
-    import numpy as np
-
     lengths = np.asarray(pair_lengths)
     batches = order.reshape(-1, order.shape[-1])
     k, n, m = lengths.T
