@@ -131,11 +131,10 @@ def inspect_memory(
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
     )
     work = Work(launch, half, dtype.itemsize, args.optim, live)
+    kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
     traced = model.trace(
         batch,
-        checkpointing=(args.activation_checkpointing_kwargs or {"use_reentrant": False})
-        if args.activation_checkpointing
-        else None,
+        checkpointing=kwargs if args.activation_checkpointing else None,
         gradients_kept=not launch.zero_stage,
         accumulates=args.gradient_accumulation_steps > 1,
         autocast=torch.bfloat16 if half and not launch.zero_stage else None,

@@ -1,4 +1,4 @@
-"""`recipes/check.py`: a sound recipe passes with numbers worked out by hand; every fault is told, and all of them at once."""
+"""`recipes/check.py`: a sound recipe passes with numbers worked out by hand; of a faulty one every fault is told."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import yaml
 import check
 import inspection
 from conftest import build_model
+from errors import RecipeError
 from launching import Launch, launch_faults, read_launch
 
 ROOT = Path(__file__).parents[1]
@@ -132,7 +133,7 @@ def test_tokens_by_hand(recipe, checked, tokenizer):
 
 
 def test_faults_are_all_told_at_once(recipe, checked, tmp_path):
-    """A misspelt key, a bad value, a missing source, another run's folder, a batch that does not fit, another launch."""
+    """Two misspelt keys, a bad value, a missing source, another run's folder, a batch that does not fit."""
     folder = tmp_path / "runs" / "a"
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text("beta: 0.1\n")
@@ -144,13 +145,13 @@ def test_faults_are_all_told_at_once(recipe, checked, tmp_path):
     for fault in (
         "lerning_rate: unknown key; did you mean learning_rate?",
         "margin.bta: unknown key",
-        "seed: must be a valid integer, not 'x'",
+        "seed: must be an integer, not 'x'",
         "6 is not a multiple of per_device_train_batch_size 2 x 1 processes",
         "none.jsonl: no such file",
         "holds another run (recipe.yaml)",
     ):
-        assert fault in text.split("to mend:")[1].replace("an integer", "a valid integer"), fault
-    assert "8 things" not in text and "6 things to mend" in text
+        assert fault in text.split("to mend:")[1], fault
+    assert "6 things to mend" in text
     assert "Expected loss at step 0: 10625.0" in text, "what can be checked is checked all the same"
     assert sorted(folder.iterdir()) == before
 
@@ -186,10 +187,6 @@ def evaluation_rows_that_are_trained_on(recipe, tmp_path):
     recipe["selection"] = {"hygiene": {"eval_ngram": None}}
 
 
-def disk_that_is_full(recipe, tmp_path):
-    recipe["output_dir"] = str(tmp_path / "full" / "run")
-
-
 @pytest.mark.parametrize(
     ("fault", "options", "words"),
     [
@@ -199,8 +196,8 @@ def disk_that_is_full(recipe, tmp_path):
         (tokenizer_without_template, (), "has no chat template"),
         (model_of_a_smaller_vocabulary, (), "the tokenizer has 320 tokens and the model 300"),
         (change("trainable_parameters", ["down_prj"]), (), "'down_prj' matches no parameter"),
-        (evaluation_rows_that_are_trained_on, (), "evaluation"),
-        (change("max_length", 8), (), "the selection leaves no task row"),
+        (evaluation_rows_that_are_trained_on, (), "8 evaluation rows are training rows too"),
+        (change("max_length", 8), (), "the selection leaves no row of 12"),
         (change("num_processes", 3), (), "3, but the launcher started 1"),
         (change("use_cpu", False), (), "use_cpu: true needs it in the recipe as well"),
         (change("bf16", False), ("--gpu_memory", "0.000001"), "memory: each process needs about"),
@@ -209,6 +206,9 @@ def disk_that_is_full(recipe, tmp_path):
     ids=lambda value: None if isinstance(value, tuple) else getattr(value, "__name__", None),
 )
 def test_each_fault(fault, options, words, recipe, checked, tmp_path):
+    """Beside a second one, without which there would be a model to trace."""
+    if "memory" not in words:
+        recipe["trainable_parameters"] = ["down_prj"]
     fault(recipe, tmp_path)
     code, text = checked(recipe, *options)
     assert code == 2
@@ -338,8 +338,6 @@ def test_shapes_of_cluster(launch, training, words):
     ],
 )
 def test_a_launch_config_that_is_none(text, words, tmp_path):
-    from errors import RecipeError
-
     path = tmp_path / "launch.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=words):

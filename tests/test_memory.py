@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -151,8 +152,6 @@ def test_a_fake_model_counts_parameters():
 
 def test_the_largest_micro_batch():
     """Rows of 5, 9, 6 and 7 tokens in two micro-batches: 9 + 7 is the larger; padded, 4 rows of 4 + 5 tokens."""
-    import numpy as np
-
     lengths = np.array([(2, 2, 2), (4, 5, 1), (3, 2, 2), (2, 3, 3)])
     order = np.array([[[[0, 2], [1, 3]]]])
     shared = largest_micro_batch(lengths, order, shared=True)
