@@ -13,12 +13,13 @@ from launching import Launch
 from memory import FakeModel, MicroBatch, Part, Work, largest_micro_batch, phases, states
 from pairs import Pairs
 from parsing import Resolved
-from policy import ROWS_COMPARED
 from prefix import unsupported_reason
 from replay import ReplaySampler
 from report import print_table
 from runs import check_disk
 from throughput import GIB
+
+PROVED_ROWS = 4  # that a run scores with what it has saved: both answers of two pairs
 
 
 def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> int:
@@ -139,9 +140,7 @@ def inspect_memory(
         accumulates=args.gradient_accumulation_steps > 1,
         autocast=torch.bfloat16 if half and not launch.zero_stage else None,
     )
-    # What dpo.py proves its saved weights with, padded to at most the longest pair of the largest micro-batch.
-    proved = MicroBatch(rows=2 * ROWS_COMPARED, length=batch.longest)
-    proof = model.trace_forward(proved) if resolved.kind == "dpo" else 0
+    proof = model.trace_proof(MicroBatch(rows=PROVED_ROWS, length=batch.longest))
     lasting = states(model.total, model.trained, work)
     passing = phases(model.total, model.trained, traced, proof, work)
     peak = sum(part.bytes for part in lasting if not part.on_host)

@@ -91,8 +91,10 @@ def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None,
     if train is None:
         return None
     if held_out is not None:
-        findings.attempt(refuse_overlap, train.dataset, held_out.dataset)
+        findings.attempt(refuse_overlap, train.audit.rows, held_out.dataset, args.dataset_num_proc)
     show_selection(train, recipe.margin, args.beta)
+    if held_out is not None:
+        show_selection(held_out, recipe.margin, args.beta, "evaluation")
     losses = first_losses(train.margins, recipe.margin, args.beta)
     if recipe.margin.reference_free:
         print("\nWithout a reference Δ is not 0 at the start, so no first loss is expected.")

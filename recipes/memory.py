@@ -10,13 +10,14 @@ With N parameters, P of them trained, n processes, w bytes a weight in the forwa
     | gradients        | P·w, DDP twice   | P·w / n             | P·w / n                                         |
     | master weights   | –                | 4·P / n             | 4·P / n, none where w = 4                       |
     | optimizer        | k·P·w            | 4·k·P / n           | 4·k·P / n                                       |
-    | reduction bucket | –                | 5·10⁸·w             | 5·10⁸·w                                         |
+    | reduction bucket | –                | 5·10⁸·w             | (5·10⁸ + min(P, 5·10⁸))·w                       |
 
 w is what `dtype` says, or 2 under DeepSpeed with bf16 or fp16: it casts the whole model and keeps float32 masters of
 the trained weights. Without DeepSpeed there are no masters: a model loaded in bfloat16 has a bfloat16 optimizer. DDP
 keeps each gradient a second time, in its buckets. ZeRO-3 releases a gathered weight only when another 10⁹ elements
-are alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. An
-offloaded optimizer takes its masters and states to the host, and the gradients with them.
+are alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. Its
+reduce-scatter copies what the bucket holds. An offloaded optimizer takes its masters and states to the host, and the
+gradients with them.
 
 On top come, never at once:
 
@@ -26,8 +27,8 @@ On top come, never at once:
   goes is counted. So frozen layers, LoRA, gradient checkpointing, shared prefixes and the head's tiles count as they
   are. Attention and head are those of the CPU; a GPU's kernels were not measured.
 - **the update** under ZeRO: a float32 copy of this process's gradients, 4·P / n (ZeRO-3: of at most 10⁹ elements).
-- **the proof of what was saved** (dpo.py): rank 0 loads the saved weights beside the trained ones, N·(bytes of
-  `dtype`), and scores a few padded pairs with them; traced as well.
+- **the proof of what was saved**: rank 0 loads the saved weights beside the trained ones, N·(bytes of `dtype`), and
+  scores a few padded rows with them; traced as well.
 
 Not in it: the context of CUDA and NCCL (about 1 GB), the imports of a CPU process, fragmentation.
 """
@@ -107,24 +108,25 @@ def states(total: int, trained: int, work: Work) -> list[Part]:
         parts.append(Part("master weights", f"{P} x 4 B / {n}", trained * 4 / n, host))
     parts.append(Part("optimizer", f"{P} x {k} states x 4 B / {n}", trained * k * 4 / n, host))
     # On a CPU the bucket is memory only as far as it is filled.
-    bucket = min(trained, BUCKET) if launch.use_cpu else BUCKET
+    filled = min(trained, BUCKET)
+    bucket = filled if launch.use_cpu else BUCKET
     parts.append(Part("reduction bucket", f"{bucket / 1e9:.3f}e9 x {w} B", bucket * w))
+    if stage == 3:
+        parts.append(Part("copy of the bucket", f"min({P}, {BUCKET / 1e9:g}e9) x {w} B", filled * w))
     if work.live_reference:
         parts.append(Part("reference model", f"{N} x {w} B / {split}", total * w / split))
     return parts
 
 
 def phases(total: int, trained: int, micro_batch: int, proof: int, work: Work) -> list[Part]:
-    """What comes on top of `states`, one at a time; `micro_batch` and `proof` (0: none) are traced bytes."""
+    """What comes on top of `states`, one at a time; `micro_batch` and `proof` are traced bytes."""
     n, stage = work.launch.world_size, work.launch.zero_stage
     found = [Part("forward and backward", "traced", micro_batch)]
     if stage:
         own = min(trained / n, SUB_GROUP) if stage == 3 else trained / n
         found.append(Part("update", f"{own / 1e9:.3f}e9 x 4 B", own * 4, work.launch.offload_optimizer))
-    if proof:
-        formula = f"{total / 1e9:.3f}e9 x {work.weight_bytes} B + {proof / 2**30:.2f} GiB traced"
-        found.append(Part("proof of what was saved", formula, total * work.weight_bytes + proof))
-    return found
+    formula = f"{total / 1e9:.3f}e9 x {work.weight_bytes} B + {proof / 2**30:.2f} GiB traced"
+    return [*found, Part("proof of what was saved", formula, total * work.weight_bytes + proof)]
 
 
 # ---------------------------------------------------------------------------------------------- the traced micro-batch
@@ -170,7 +172,7 @@ class FakeModel:
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
             )
             select_parameters(self.causal_lm, None if model.use_peft else patterns)
-            adapters = lora_config(model, patterns)
+            adapters = lora_config(model, patterns, self.causal_lm)
             self.policy = self.causal_lm if adapters is None else get_peft_model(self.causal_lm, adapters)
         self.trained, self.total = count_parameters(self.policy)
         # On the meta device sdpa would keep all its weights, which no kernel that trains does.
@@ -221,20 +223,21 @@ class FakeModel:
         kept = sum(weight.numel() * weight.element_size() for weight in weights) if gradients_kept else 0
         return max(0, alive.peak - kept)
 
-    def trace_forward(self, batch: MicroBatch) -> int:
-        """Most bytes alive during a forward without gradients, beyond the weights."""
+    def trace_proof(self, batch: MicroBatch) -> int:
+        """Most bytes alive while padded rows are scored by whole logits (`policy.verify_saved`), beyond the weights."""
         alive = LiveBytes(self.policy)
         with self.mode, torch.device("cpu"), torch.no_grad(), alive:
             self.policy.eval()
-            self._forward(batch)
+            ids, mask = _padded(batch)
+            logits = self.policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits[:, :-1].float().log_softmax(-1)
         return alive.peak
 
     def _forward(self, batch: MicroBatch) -> torch.Tensor:
         """As `prefix.pair_logps` has it, but that which positions are scored must not depend on values."""
         if not batch.pair_lengths:
             add_fused_lm_head(self.causal_lm, outputs=HEAD_OUTPUTS)
-            ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
-            mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
+            ids, mask = _padded(batch)
             outputs = self.policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False)
             return outputs.log_probs
         enable_prefix_sharing(self.causal_lm)
@@ -254,6 +257,12 @@ class FakeModel:
         head = self.causal_lm.get_output_embeddings()
         scored = torch.zeros(sum(n + m for _, n, m in batch.pair_lengths), dtype=torch.long)
         return AnswerLogProbs.apply(hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, scored)[0]
+
+
+def _padded(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and a mask in the form that transformers would build of it."""
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    return ids, torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -27,7 +27,7 @@ def by_name(parts):
 def test_zero3_in_bf16_by_hand():
     """
     Two GPUs: weights N·2/2; gathered 1.05e9·2, since N is more; gradients P·2/2; masters P·4/2; Adam 2·P·4/2; bucket
-    5e8·2. The update casts P/2 gradients to float32: P/2·4.
+    and its copy 5e8·2 each. The update casts P/2 gradients to float32: P/2·4.
     """
     work = Work(ZERO3, half=True, weight_bytes=2, optim="adamw_torch_fused")
     assert by_name(states(N, P, work)) == {
@@ -37,6 +37,7 @@ def test_zero3_in_bf16_by_hand():
         "master weights": 3_758_096_384,
         "optimizer": 7_516_192_768,
         "reduction bucket": 1_000_000_000,
+        "copy of the bucket": 1_000_000_000,
     }
     passing = by_name(phases(N, P, 123, 456, work))
     assert passing == {
@@ -71,6 +72,7 @@ def test_zero3_in_float32_shares_its_masters():
     parts = by_name(states(100, 50, Work(launch, half=False, weight_bytes=4, optim="adamw_torch")))
     assert parts == {
         "weights": 200, "gathered weights": 400, "gradients": 100, "optimizer": 200, "reduction bucket": 200,
+        "copy of the bucket": 200,
     }  # fmt: skip
 
 
