@@ -224,7 +224,7 @@ class FakeModel:
         return max(0, alive.peak - kept)
 
     def trace_proof(self, batch: MicroBatch) -> int:
-        """Most bytes alive while padded rows are scored by whole logits (`policy.verify_saved`), beyond the weights."""
+        """Most bytes alive while padded rows are scored (as `policy.verify_saved` does), beyond the weights."""
         alive = LiveBytes(self.policy)
         with self.mode, torch.device("cpu"), torch.no_grad(), alive:
             self.policy.eval()
