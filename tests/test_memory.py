@@ -146,7 +146,9 @@ def test_a_fake_model_counts_parameters():
     whole = FakeModel(config, ModelConfig(), None, torch.float32)
     assert (whole.total, whole.trained) == (39_072, 39_072)
     assert FakeModel(config, ModelConfig(), ["down_proj"], torch.float32).trained == 2 * 64 * 32
-    lora = FakeModel(config, ModelConfig(model_name_or_path="tiny", use_peft=True), ["q_proj", "v_proj"], torch.float32)
+    lora = FakeModel(
+        config, ModelConfig(model_name_or_path="tiny", use_peft=True), ["q_proj", "v_proj"], torch.float32
+    )
     assert lora.trained == 2 * 16 * (32 + 32 + 32 + 16)
     with pytest.raises(RecipeError, match="matches no parameter"):
         FakeModel(config, ModelConfig(), ["down_prj"], torch.float32)
