@@ -32,9 +32,9 @@ On top come, never at once:
 
 Not in it: the context of CUDA and NCCL, the imports of a CPU process, fragmentation, and what glibc keeps of freed
 memory. Held against the training peaks of CPU rehearsals in float32 with 62.6 M parameters, gradient checkpointing and
-MALLOC_MMAP_THRESHOLD_=131072, the imports subtracted: one process 1.05 GiB estimated and 1.05 measured, down_proj alone
-0.48 and 0.48; ZeRO-3 on two processes 1.29 and 1.34, down_proj alone 0.63 and 0.74. Without that setting glibc kept
-0.2 to 0.3 GiB more. No GPU was measured.
+MALLOC_MMAP_THRESHOLD_=131072, the imports subtracted: one process 1.05 GiB estimated and 1.05 measured, down_proj
+alone 0.48 and 0.48; ZeRO-3 on two processes 1.29 and 1.34, down_proj alone 0.63 and 0.74. Without that setting one
+process took 0.2 to 0.3 GiB more. No GPU was measured.
 """
 
 import weakref
