@@ -23,7 +23,7 @@ LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE)
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train evaluate test test-fast style style-check
+.PHONY: help setup train check evaluate test test-fast style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ ifeq ($(RECIPE),$(QUICKSTART))
 else
 	$(LAUNCH) $(SCRIPT) --config $(RECIPE) $(ARGS)
 endif
+
+check: $(SETUP) ## what RECIPE would do and take under ACCELERATE, and what is wrong with it, before it starts
+	$(PYTHON) recipes/check.py --config $(RECIPE) --accelerate_config $(ACCELERATE) $(ARGS)
 
 evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE=… ARGS="--model_name_or_path …"
 	$(LAUNCH) recipes/evaluate.py --config $(RECIPE) $(ARGS)

@@ -22,6 +22,7 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from buffer import refuse_overlap
     from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from disk import check_room
     from pairs import prepare_pairs
     from parameters import lora_config, select_parameters
     from policy import load_model, open_cache, share_prefixes, verify_saved
@@ -52,6 +53,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the policy, and what of it is trained
     model = load_model(resolved.model)
     select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+    check_room(model, resolved, len(train.dataset))
 
     # ---------------------------------------------------------------- the trainer
     live = not (args.precompute_ref_log_probs or resolved.model.use_peft or recipe.margin.reference_free)

@@ -47,7 +47,7 @@ def prepare_pairs(
     entries: list[DatasetEntry],
     recipe: PreferenceRecipe,
     args: DPOConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     *,
     held_out: "Pairs | None" = None,
     reference_gaps: Callable[[Dataset], np.ndarray] | None = None,
@@ -59,6 +59,7 @@ def prepare_pairs(
     Args:
         entries: the recipe's `datasets` or `eval_datasets`.
         recipe, args: settings of selection, margin, lengths and seed.
+        tokenizer: None: rows without token ids, of which none is too long.
         held_out: evaluation rows, whose prompts the n-gram rule of the hygiene keeps out of these.
         reference_gaps: log π_ref(y_w) − log π_ref(y_l) of tokenised rows, for `selection.score.signal: reference_gap`.
         evaluation: select for hygiene only: no relabelling, no filter, no quotas.
@@ -84,19 +85,19 @@ def prepare_pairs(
         settings,
         seed=seed,
         max_length=max_length,
-        count_prompt_tokens=count_prompt_tokens,
+        count_prompt_tokens=None if tokenizer is None else count_prompt_tokens,
         eval_prompts=None if held_out is None else held_out.dataset["prompt"],
         reference_gap=lambda rows: reference_gaps(tokenize(rows)[0]),
         hygiene_only=evaluation,
         num_proc=num_proc,
         bad_rows=bad_rows,
         # Decisions that the reference model took are not kept: its weights are no part of this key.
-        cache_key=None if by_reference else template_digest(tokenizer, recipe.system_message),
+        cache_key=None if by_reference or tokenizer is None else template_digest(tokenizer, recipe.system_message),
     )
-    tokenized, cut = tokenize(kept)
+    tokenized, cut = (kept, {}) if tokenizer is None else tokenize(kept)
     values = row_margins(tokenized, recipe.margin)
     warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")
-    notice = end_token_notice(tokenized, tokenizer, max_length)
+    notice = None if tokenizer is None else end_token_notice(tokenized, tokenizer, max_length)
     columns = {
         "row": np.arange(len(tokenized)),
         "margin": values,

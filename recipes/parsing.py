@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -91,7 +92,9 @@ def build(resolved: Resolved) -> Resolved:
     return dataclasses.replace(resolved, model=model, training=config)
 
 
-def resolve(kind: Kind, argv: list[str] | None = None, world_size: int | None = None) -> Resolved:
+def resolve(
+    kind: Kind, argv: list[str] | None = None, world_size: int | None = None, faults: list[str] | None = None
+) -> Resolved:
     """
     Read a recipe and its overrides, check every key, value and combination, and expand the margin's preset.
 
@@ -99,17 +102,28 @@ def resolve(kind: Kind, argv: list[str] | None = None, world_size: int | None = 
         kind: which script asks.
         argv: the command line after the script's name; None: this process's.
         world_size: processes in the launch; None: from the launcher's WORLD_SIZE.
+        faults: takes what is wrong, and the rest is resolved without the faulty keys; None: it is raised.
 
     Raises:
-        RecipeError: the first stage that finds something wrong names all that it found, each with file and line.
+        RecipeError: the first stage that finds something wrong names all that it found, each with file and line. With
+            `faults`, only what leaves nothing to go on with: no readable file, or a required key that is missing.
     """
+
+    def check(step: Callable[..., None], *arguments: Any) -> None:
+        try:
+            step(document, *arguments)
+        except RecipeError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
         print(usage(kind))
         raise SystemExit(0)
     world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
     document = read(argv)
-    sections = _checked(kind, document)
+    sections = _checked(kind, document, faults)
     given = document.values
     own = set(typing.get_type_hints(SECTIONS[kind]))
     recipe = SECTIONS[kind](**{key: sections[key] for key in given if key in own})
@@ -117,20 +131,20 @@ def resolve(kind: Kind, argv: list[str] | None = None, world_size: int | None = 
     training = {key: value for key, value in given.items() if key not in own and key not in MODEL}
     announcements: list[str] = []
 
-    check_sources(kind, document, recipe)
-    check_training(document, recipe, model | training)
+    check(functools.partial(check_sources, kind), recipe)
+    check(check_training, recipe, model | training)
     if model.get("use_peft") and recipe.trainable_parameters:
         model["lora_target_modules"] = recipe.trainable_parameters
     if kind != "sft":
         expand_preset(document, recipe, training, announcements)
-        check_margin(document, recipe)
-        check_selection(document, recipe, training)
+        check(check_margin, recipe)
+        check(check_selection, recipe, training)
     if kind == "dpo":
-        choose_reference_pass(document, recipe, model, training, announcements)
+        check(choose_reference_pass, recipe, model, training, announcements)
     # What the resolved recipe says of the batch is the recipe's own word, so that it holds on another number of GPUs.
     values = model | training | _plain(recipe)
     if kind != "evaluate":
-        fit_batch(document, recipe, training, world_size)
+        check(fit_batch, recipe, training, world_size)
     if "dtype" not in model:
         announcements.append("dtype float32 (TRL's default): the weights are loaded and saved in 32 bits")
     if training.get("save_only_model"):
@@ -176,10 +190,10 @@ def usage(kind: Kind) -> str:
 # ------------------------------------------------------------------------------------------- keys, types and ranges
 
 
-def _checked(kind: Kind, document: Document) -> dict[str, Any]:
+def _checked(kind: Kind, document: Document, faults: list[str] | None) -> dict[str, Any]:
     """The values with their types checked, sections as dataclasses; keys that may only be off are taken out."""
     refused = KINDS[kind][1]
-    problems = []
+    problems, errors = [], []
     for key in [key for key in document.values if key in refused]:
         # What is refused may be said to be off: that is what it is.
         if document.values.pop(key) not in (None, False):
@@ -190,8 +204,15 @@ def _checked(kind: Kind, document: Document) -> dict[str, Any]:
         checked = _schema(kind).model_validate_json(json.dumps(document.values))
     except pydantic.ValidationError as error:
         problems += _problems(error, document, _hints(kind))
+        errors = error.errors(include_url=False)
     if problems:
-        raise RecipeError("; ".join(dict.fromkeys(f"{place}: {problem}" for place, problem in problems)))
+        lines = list(dict.fromkeys(f"{place}: {problem}" for place, problem in problems))
+        if faults is None or any(item["type"] == "missing" for item in errors):
+            raise RecipeError("; ".join(lines))
+        faults += lines
+    if checked is None:
+        document.remove([_keys_of(item, document.values) for item in errors])
+        return _checked(kind, document, None)
     return {key: getattr(checked, key) for key in document.values}
 
 

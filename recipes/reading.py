@@ -32,6 +32,14 @@ class Document:
     def refuse(self, keys: Keys, message: str) -> RecipeError:
         return RecipeError(f"{self.place(keys)}: {dotted(keys)}: {message}")
 
+    def remove(self, faulty: Iterable[Keys]) -> None:
+        """Take keys out of the values; a list's items from the end, so that the numbers of the others stay."""
+        for keys in sorted(set(faulty), key=lambda keys: [str(key).rjust(8) for key in keys], reverse=True):
+            level = self.values
+            for key in keys[:-1]:
+                level = level[key]
+            del level[keys[-1]]
+
 
 def read(argv: list[str]) -> Document:
     """

@@ -107,15 +107,9 @@ def prepare_wandb(output_dir: str | Path) -> str | None:
     Returns:
         Why it is offline, for a line in the log; None if it is online, or WANDB_MODE was set.
     """
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     reason = None
     if "WANDB_MODE" not in os.environ:
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            reason = "the run is offline (HF_HUB_OFFLINE=1)"
-        elif not _logged_in(host.hostname):
-            reason = "no login (set WANDB_API_KEY, or run `wandb login`)"
-        elif not _reachable(host.hostname, host.port or (80 if host.scheme == "http" else 443)):
-            reason = f"{host.hostname} cannot be reached"
+        reason = why_wandb_is_offline()
         os.environ["WANDB_MODE"] = "offline" if reason else "online"
     memory = Path(output_dir) / "wandb_id.txt"
     if "WANDB_RUN_ID" not in os.environ:
@@ -126,6 +120,18 @@ def prepare_wandb(output_dir: str | Path) -> str | None:
     os.environ.setdefault("WANDB_RESUME", "allow")
     os.environ.setdefault("WANDB_DIR", str(output_dir))
     return reason
+
+
+def why_wandb_is_offline() -> str | None:
+    """Why a run could not report to wandb's server from here; None if it could."""
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        return "the run is offline (HF_HUB_OFFLINE=1)"
+    if not _logged_in(host.hostname):
+        return "no login (set WANDB_API_KEY, or run `wandb login`)"
+    if not _reachable(host.hostname, host.port or (80 if host.scheme == "http" else 443)):
+        return f"{host.hostname} cannot be reached"
+    return None
 
 
 def start_wandb(
@@ -240,13 +246,21 @@ def check_model_path(path: str, revision: str | None = None) -> None:
         raise RecipeError(
             f"{where}, and the run is offline (HF_HUB_OFFLINE=1); download it first, or correct the path"
         )
-    hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    if not _reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443)):
-        raise RecipeError(f"{where}, and {hub.hostname} cannot be reached; download it first, or correct the path")
+    if not hub_is_reachable():
+        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+        raise RecipeError(f"{where}, and {host} cannot be reached; download it first, or correct the path")
     try:
         hf_hub_download(path, "config.json", revision=revision)
     except Exception as error:  # a name that is not there, a gate, a broken connection: all end here
         raise RecipeError(f"{where}, and the Hub says: {str(error).strip().splitlines()[0]}") from error
+
+
+def hub_is_reachable() -> bool:
+    """Whether the Hub's port answers."""
+    from huggingface_hub import constants  # reads the environment at import
+
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    return _reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
 
 
 def check_tokenizer(tokenizer: Any, path: str) -> None:

@@ -19,6 +19,7 @@ def main() -> None:
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from disk import check_room
     from parameters import lora_config, select_parameters
     from policy import load_model, verify_saved
     from preferences import load_conversations
@@ -40,6 +41,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the model, and what of it is trained
     model = load_model(resolved.model)
     select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+    check_room(model, resolved, len(train))
 
     # ---------------------------------------------------------------- train, save, prove what was saved, report
     stop = StopOnSignal()

@@ -1,0 +1,123 @@
+"""
+Look a run over before it starts, without a GPU and without its weights: the recipe, the rows, the batch, the memory,
+the disk. Nothing is written into the output folder.
+
+    python recipes/check.py --config my.yaml --accelerate_config accelerate_configs/zero3.yaml [--key value …]
+
+`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. A recipe whose file name begins with `sft` is one of sft.py, any
+other one of dpo.py. Exit code 0, or 2 with the list of everything that is wrong.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from errors import USER_ERROR, exits_cleanly
+from findings import Findings
+from launching import Launch, launch_faults, read_launch
+from parsing import Resolved, build, resolve
+from runs import go_offline_if_local, prepare_environment
+
+
+@exits_cleanly
+def main() -> None:
+    prepare_environment()  # before the first import of torch
+    options, overrides = parse_options()
+    findings = Findings()
+
+    # ---------------------------------------------------------------- what is asked for: recipe and launch config
+    launch = findings.attempt(read_launch, options.accelerate_config, options.num_processes)
+    kind = "sft" if Path(options.config).name.startswith("sft") else "dpo"
+    argv = ["--config", options.config, *overrides]
+    asked = findings.attempt(resolve, kind, argv, launch and launch.world_size, findings.faults)
+    if asked is None:
+        leave(findings)
+    if launch is None:
+        launch = Launch("no launch config", "NO", 1)  # the rest is checked as one process
+    for fault in launch_faults(launch, asked.training):
+        findings.fault(fault)
+    recipe, values = asked.recipe, asked.values
+    go_offline_if_local(
+        [
+            values["model_name_or_path"],
+            recipe.chat_template_path,
+            *(entry.path for entry in (*recipe.datasets, *recipe.eval_datasets)),
+        ]
+    )
+    print(f"{options.config} by recipes/{kind}.py on {launch}")
+    for line in asked.announcements:
+        findings.note(line)
+
+    # TRL and transformers take seconds to import: a misspelt key is told before where it is all.
+    import datasets
+
+    import estimates
+    import inspection
+
+    datasets.disable_progress_bars()
+    resolved = findings.attempt(build_anywhere, asked)
+    if resolved is None:
+        leave(findings)
+    inspection.check_surroundings(resolved, findings)
+    config, tokenizer = inspection.open_model(resolved, findings)
+    model = None if config is None else estimates.build_model(resolved, config, findings)
+
+    # ---------------------------------------------------------------- rows, batch, steps
+    shared = model is not None and kind == "dpo" and estimates.shares_prefixes(resolved, model, findings)
+    steps, largest = 1, None
+    if kind == "dpo":
+        train = inspection.inspect_pairs(resolved, tokenizer, findings)
+        if train is not None:
+            steps, largest = estimates.inspect_batch(resolved, launch, train, shared, findings)
+    else:
+        count, longest = inspection.inspect_conversations(resolved, tokenizer, findings)
+        if count:
+            steps, largest = estimates.inspect_sft_batch(resolved, launch, count, longest)
+
+    # ---------------------------------------------------------------- memory and disk
+    if model is None:
+        findings.note("without the model's config, memory and disk are not estimated")
+        leave(findings)
+    half = in_half(asked, launch)
+    if largest is None:
+        findings.note("rows without tokens: memory is estimated as if every one filled max_length")
+        largest = estimates.worst_micro_batch(resolved, shared)
+    if largest is not None:
+        limit = options.gpu_memory and options.gpu_memory * 2**30
+        estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
+    estimates.inspect_disk(resolved, launch, model, half, steps, findings)
+    leave(findings)
+
+
+def parse_options() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, help="the recipe")
+    parser.add_argument("--accelerate_config", required=True, help="the launch config")
+    parser.add_argument("--num_processes", type=int, help="in its place, as accelerate launch --num_processes")
+    parser.add_argument("--gpu_memory", type=float, help="GiB of each GPU, if the estimate is to be held against it")
+    return parser.parse_known_args()
+
+
+def build_anywhere(asked: Resolved) -> Resolved:
+    """TRL's configuration objects on this machine, whatever the run's own has."""
+    here = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
+    return build(dataclasses.replace(asked, training=asked.training | here))
+
+
+def in_half(asked: Resolved, launch: Launch) -> bool:
+    """Whether the forward runs in 16 bits; bf16 is TRL's default."""
+    fp16, bf16 = asked.training.get("fp16"), asked.training.get("bf16")
+    return bool(fp16 or bf16 is None or bf16) or launch.mixed_precision != "no"
+
+
+def leave(findings: Findings) -> NoReturn:
+    """Print what was found and end."""
+    sys.exit(USER_ERROR if findings.report() else 0)
+
+
+if __name__ == "__main__":
+    main()
