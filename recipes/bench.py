@@ -1,0 +1,110 @@
+"""
+This project's trainer against stock TRL, in turn in one process: same weights, rows, micro-batches and precision.
+
+    python recipes/bench.py                                      # on rows and models that are generated
+    python recipes/bench.py --model PATH --dataset FILE [--config RECIPE.yaml] [--key value …]
+
+Both train plain DPO, so that their losses must agree, with the reference computed before. Of the recipe (without
+--config recipes/bench.yaml) the model, the sources, their selection, lengths, batch, optimizer and precision count.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from errors import RecipeError, exits_cleanly
+from parsing import build, resolve
+from runs import go_offline_if_local, prepare_environment
+
+DEFAULT = Path(__file__).with_name("bench.yaml")
+# What is run where the user names neither a model nor rows: sizes and sources of recipes/generated.py.
+ON_CPU = [
+    ["--model_name_or_path=6x384", "--datasets.0.path=generated/hh-rlhf"],
+    ["--model_name_or_path=4x256", "--datasets.0.path=generated/UltraFeedback"],
+]
+HALF = ["--dtype=bfloat16", "--bf16=true", "--gradient_checkpointing=true"]
+ON_GPU = [  # not run yet
+    [*HALF, f"--datasets.0.path=generated/{source}", f"--model_name_or_path={size}", *trained]
+    for size, trained in (("0.5b", []), ("7b", ["--trainable_parameters=[down_proj]"]))
+    for source in ("hh-rlhf", "UltraFeedback")
+]
+
+
+@exits_cleanly
+def main() -> None:
+    options, keys = parse(sys.argv[1:])
+    first = resolve("dpo", keys)  # a misspelt key is told now: torch, transformers and TRL take seconds to import
+    prepare_environment()  # before the first import of torch
+    go_offline_if_local([options.model, options.dataset])
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the tables are what it is for
+    import torch
+
+    from bench_report import report
+    from paired_runs import compare
+    from selection_rate import time_selection
+    from workloads import prepare_workload
+
+    # ---------------------------------------------------------------- the two trainers in turn
+    plans = [[]]
+    if not (options.model or options.dataset or options.config):
+        plans = ON_GPU if torch.cuda.is_available() else ON_CPU
+    comparisons = []
+    for plan in plans:
+        resolved = build(resolve("dpo", [*keys, *plan]) if plan else first)
+        workload = prepare_workload(resolved, updates=options.updates + 1)  # the first one warms up
+        print(f"== {workload.name}, model {workload.model_name}", flush=True)
+        comparisons.append(compare(workload, options.rounds))
+
+    # ---------------------------------------------------------------- selection
+    selections = []
+    for rows in options.selection_rows:
+        print(f"== selection of {rows:,} generated pairs", flush=True)
+        selections.append(time_selection(rows, processes=options.selection_processes))
+
+    report(comparisons, selections, options.output_dir)
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """
+    The bench's own options, and a command line for the recipe's parser, which takes or refuses the rest.
+
+    Raises:
+        RecipeError: an option's value is missing or not in its range.
+    """
+    parser = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--model", help="a folder, a model on the Hub, or a size of recipes/generated.py (4x256)")
+    parser.add_argument("--dataset", help="a file or data set of pairs, put in as datasets.0.path")
+    parser.add_argument("--config", help="a recipe of recipes/dpo.py, for columns that are not chosen and rejected")
+    parser.add_argument("--rounds", type=count, default=3, help="paired runs, of which the median is shown (3)")
+    parser.add_argument("--updates", type=count, default=3, help="timed updates in each run (3)")
+    parser.add_argument(
+        "--selection_rows", type=count, nargs="*", default=[100_000], help="pairs to select among (100000); or nothing"
+    )
+    parser.add_argument("--selection_processes", type=count, default=2)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/bench"), help="of bench.json and bench.png")
+    options, rest = parser.parse_known_args(argv)
+    keys = ["--config", options.config or str(DEFAULT), *rest]
+    if options.model:
+        keys.append(f"--model_name_or_path={options.model}")
+    if options.dataset:
+        keys.append(f"--datasets.0.path={options.dataset}")
+    return options, keys
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+class OneLine(argparse.ArgumentParser):
+    """A parser whose refusals are this project's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(f"command line: {message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+"""Stock `trl.DPOTrainer` and this project's trainer in turn, on the same rows in the same micro-batches."""
+
+import copy
+import tempfile
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+from arguments import Margin, Replay
+from errors import RecipeError
+from parameters import select_parameters
+from policy import share_prefixes
+from reference import ReferenceCache
+from throughput import PeakMemory
+from tokens import with_system_message
+from trainer import ShiftedMarginTrainer
+
+SELECTIVE = ["down_proj"]  # what the other run trains where the workload trains all
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+@dataclass
+class Workload:
+    """What both trainers are given."""
+
+    name: str
+    model_name: str
+    build_model: Callable[[], PreTrainedModel]  # the same weights at every call
+    tokenizer: PreTrainedTokenizerBase
+    rows: Dataset  # tokenised pairs with margin 0, all of one role: plain DPO, whose loss stock TRL has too
+    args: DPOConfig
+    system_message: str | None
+    trained: list[str] | None  # patterns of trainable parameters; None: all
+
+    @property
+    def rows_per_update(self) -> int:
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    @property
+    def updates(self) -> int:
+        return len(self.rows) // self.rows_per_update
+
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt, chosen and rejected. Shape: (rows, 3)."""
+        parts = (self.rows[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+        return np.array([[len(ids) for ids in part] for part in parts]).T
+
+
+@dataclass
+class Run:
+    """What one run of one trainer took. Seconds are of each update but the first, which warms up."""
+
+    step_seconds: list[float]
+    losses: list[float]  # of each micro-batch, the first update's too
+    reference_seconds: float
+    peak_bytes: int  # above what the process held before the model was there
+    optimizer_bytes: int
+    order: list[int]  # row indices as they were trained on
+    second_pass_forwards: int = 0  # of a reference pass over the same rows, its cache filled
+    second_pass_seconds: float = 0.0
+
+
+@dataclass
+class Comparison:
+    """Runs of stock TRL (`stock`), this project (`shared`), and this project with the other choice of weights."""
+
+    workload: Workload
+    sharing: bool
+    dtype: torch.dtype  # of the weights
+    stock: list[Run] = field(default_factory=list)
+    shared: list[Run] = field(default_factory=list)
+    other: list[Run] = field(default_factory=list)  # all weights where the workload trains some, else `down_proj`
+
+
+def compare(workload: Workload, rounds: int) -> Comparison:
+    """
+    Run the contenders in turn, `rounds` times, each from the same weights and with an empty reference cache. Who
+    begins changes from round to round.
+
+    Raises:
+        RecipeError: the losses of the two trainers differ, so their times say nothing.
+    """
+    model = workload.build_model()
+    sharing, dtype = share_prefixes(True, model, workload.args.max_length), model.dtype
+    del model  # it would count as memory that was held before
+    comparison = Comparison(workload, sharing, dtype)
+    others = None if workload.trained else SELECTIVE
+    contenders = {
+        "shared": lambda: run_shared(workload, workload.trained, sharing),
+        "stock": lambda: run_stock(workload, comparison.shared[0].order),
+        "other": lambda: run_shared(workload, others, sharing),
+    }
+    for index in range(rounds):
+        names = ["shared", "stock", "other"] if index % 2 == 0 else ["other", "stock", "shared"]
+        for name in names:
+            getattr(comparison, name).append(contenders[name]())
+    gap = loss_gap(comparison)
+    if not gap <= LOSS_TOLERANCE[torch.bfloat16 if workload.args.bf16 or workload.args.fp16 else dtype]:
+        raise RecipeError(
+            f"{workload.name}: the losses of the two trainers differ by up to {gap:.2g}, so their times can't be "
+            "compared; look whether the chat template or an added token differs between them"
+        )
+    return comparison
+
+
+def loss_gap(comparison: Comparison) -> float:
+    """The largest difference between the two trainers' losses of a micro-batch."""
+    pairs = zip(comparison.stock, comparison.shared, strict=True)
+    return max(float(np.abs(np.subtract(stock.losses, shared.losses)).max()) for stock, shared in pairs)
+
+
+def token_bounds(lengths: np.ndarray, order: list[int], batch_size: int, accumulation: int) -> list[float]:
+    """
+    Of each update, how many times fewer tokens shared pairs have than padded ones: 2·B·max(k + max(n, m)) for each
+    micro-batch of B pairs of k prompt, n chosen and m rejected tokens, against Σ (k + n + m − 1).
+
+    Args:
+        lengths: k, n and m of each row. Shape: (rows, 3).
+        order: row indices, micro-batch after micro-batch.
+    """
+    batches = lengths[order].reshape(-1, accumulation, batch_size, 3)
+    k, n, m = np.moveaxis(batches, -1, 0)
+    padded = 2 * batch_size * (k + np.maximum(n, m)).max(-1).sum(-1)
+    return (padded / (k + n + m - 1).sum((-1, -2))).tolist()
+
+
+def run_stock(workload: Workload, order: list[int]) -> Run:
+    """Stock TRL over rows in this order."""
+    rows = workload.rows.select_columns(["prompt", "chosen", "rejected"]).to_list()
+    conversations = [
+        {"prompt": with_system_message(row["prompt"], workload.system_message)}
+        | {key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
+        for row in rows
+    ]
+    dataset = Dataset.from_list(conversations)
+    # TRL keeps reference log-probabilities under the rows' fingerprint: each run is to compute its own.
+    dataset = dataset.select(range(len(dataset)), new_fingerprint=uuid.uuid4().hex)
+    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
+        model = workload.build_model()
+        select_parameters(model, workload.trained)
+        trainer = StockTrainer(
+            order=order,
+            model=model,
+            args=run_settings(workload, folder),
+            train_dataset=dataset,
+            processing_class=workload.tokenizer,
+        )
+        trainer.train()
+    return trainer.run(memory.peak_bytes, order)
+
+
+def run_shared(workload: Workload, trained: list[str] | None, sharing: bool) -> Run:
+    """This project's trainer with these weights trained, and its second reference pass."""
+    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
+        model = workload.build_model()
+        select_parameters(model, trained)
+        trainer = SharedTrainer(
+            model=model,
+            args=run_settings(workload, folder),
+            train_dataset=workload.rows,
+            margin=Margin(),
+            replay=Replay(),
+            prefix_sharing=sharing,
+            reference_cache=ReferenceCache(folder, "bench"),
+            processing_class=workload.tokenizer,
+        )
+        order = list(trainer._get_train_sampler())
+        trainer.train()
+        run = trainer.run(memory.peak_bytes, order)
+        forwards = trainer.forwards
+        trainer._precompute_ref_logps(workload.rows, "train", workload.args.per_device_train_batch_size)
+    run.peak_bytes = memory.peak_bytes
+    run.second_pass_forwards, run.second_pass_seconds = trainer.forwards - forwards, trainer.reference_seconds
+    return run
+
+
+def run_settings(workload: Workload, folder: str) -> DPOConfig:
+    """The recipe's settings, without all that is not training: no log, no evaluation, no checkpoint."""
+    args = copy.copy(workload.args)
+    args.output_dir = folder
+    args.max_steps, args.num_train_epochs = workload.updates, 1
+    args.precompute_ref_log_probs = True
+    args.save_strategy = args.eval_strategy = args.logging_strategy = "no"
+    args.logging_first_step = args.eval_on_start = False
+    args.report_to, args.disable_tqdm = [], True
+    return args
+
+
+class Measured:
+    """Mixin left of a DPOTrainer: times of the reference pass and of each update, and the losses."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.reference_seconds, self.step_seconds, self.losses = 0.0, [], []
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(StepClock(self.step_seconds))
+
+    def _precompute_ref_logps(self, *args: Any) -> Dataset:
+        start = now()
+        dataset = super()._precompute_ref_logps(*args)
+        self.reference_seconds = now() - start
+        return dataset
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.losses.append(loss.detach())
+        return loss
+
+    def run(self, peak_bytes: int, order: list[int]) -> Run:
+        losses = torch.stack(self.losses).tolist()
+        state = [value for values in self.optimizer.state.values() for value in values.values()]
+        optimizer_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+        return Run(self.step_seconds[1:], losses, self.reference_seconds, peak_bytes, optimizer_bytes, order)
+
+
+class StockTrainer(Measured, DPOTrainer):
+    """Stock TRL in a given order of rows; nothing else is changed."""
+
+    def __init__(self, order: list[int], **kwargs: Any) -> None:
+        self.order = order
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> list[int]:
+        return self.order
+
+
+class SharedTrainer(Measured, ShiftedMarginTrainer):
+    """This project's trainer, its reference forwards counted."""
+
+    forwards = 0
+
+    def _reference_pass(self, examples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.forwards += 1
+        return super()._reference_pass(examples)
+
+
+class StepClock(TrainerCallback):
+    """Seconds from the end of one update to the end of the next, its data included."""
+
+    def __init__(self, seconds: list[float]):
+        self.seconds = seconds
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.mark = now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(now() - self.mark)
+        self.mark = now()
+
+
+def now() -> float:
+    """Seconds, all work on the GPU done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
