@@ -1,0 +1,329 @@
+"""Shared pairs against the padded form in float64: log-probabilities, loss and every gradient, by architecture."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from trl.trainer.utils import add_fused_lm_head
+
+import shared_attention
+from conftest import build_model
+from prefix import (
+    HEAD_OUTPUTS,
+    SHARED_ARCHITECTURES,
+    PaddedCollator,
+    PairOutputs,
+    PrefixSharedCollator,
+    enable_prefix_sharing,
+    pair_logps,
+    unsupported_reason,
+)
+
+ARCHITECTURES = {
+    "gemma": (GemmaConfig, GemmaForCausalLM, {"head_dim": 8}),
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {"sliding_window": None}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
+}
+EXACT = {"rtol": 1e-9, "atol": 1e-10}  # in float64, of log-probabilities of some hundred nats
+BETA = 0.3
+
+
+def tiny(architecture="mistral", seed=0, **overrides):
+    """Two layers, four heads over two key-value heads, width 32, in float64."""
+    config, model, own = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return without_rounding(model(config(**(settings | own | overrides))).double())
+
+
+def without_rounding(model):
+    """transformers' norms fold in float32 whatever the dtype, which rounds the gradients; these keep float64."""
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+            norm.forward = partial(full_norm, norm, epsilon, 1.0 if "Gemma" in type(norm).__name__ else 0.0)
+    return model
+
+
+def full_norm(norm, epsilon, shift, hidden):
+    return (norm.weight + shift) * hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon)
+
+
+def both_forms(model):
+    """Two models of the same weights: one as transformers has it, one for shared batches."""
+    padded = without_rounding(type(model)(model.config).double())
+    padded.load_state_dict(model.state_dict())
+    add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
+    enable_prefix_sharing(model)
+    return padded, model
+
+
+def padded_outputs(model, pairs):
+    """`PairOutputs` from the whole logits of TRL's padded batch: its fused head would fold them in float32."""
+    batch = PaddedCollator(0)(pairs)
+    ids, scored = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    log_probs = logits.log_softmax(-1)
+
+    def halves(per_token):
+        return (per_token * scored).sum(1).chunk(2)
+
+    chosen_logps, rejected_logps = halves(log_probs.gather(-1, ids[:, 1:, None]).squeeze(-1))
+    with torch.no_grad():
+        entropy = halves(-(log_probs.exp() * log_probs).sum(-1))
+        return PairOutputs(
+            chosen_logps,
+            rejected_logps,
+            *halves(torch.ones_like(ids[:, 1:])),
+            sum(entropy),
+            *halves(logits.mean(-1)),
+            halves(logits.argmax(-1) == ids[:, 1:])[0],
+        )
+
+
+def make_pairs(count, seed=0, longest=12):
+    """Random pairs; from the first on: one-token answers, a one-token prompt, equal answers, one cut short."""
+    draw = random.Random(seed)
+
+    def ids(low=1, high=longest):
+        return [draw.randrange(3, 97) for _ in range(draw.randint(low, high))]
+
+    pairs = [
+        {"prompt_ids": ids(2), "chosen_ids": ids(1, 1), "rejected_ids": ids(1, 1)},
+        {"prompt_ids": ids(1, 1), "chosen_ids": ids(2), "rejected_ids": ids(2)},
+        {"prompt_ids": ids(2), "chosen_ids": [5, 6, 7], "rejected_ids": [5, 6, 7]},
+        {"prompt_ids": ids(2), "chosen_ids": [5, 6, 7, 8], "rejected_ids": [5, 6]},
+    ]
+    pairs += [{"prompt_ids": ids(), "chosen_ids": ids(), "rejected_ids": ids()} for _ in range(count)]
+    return pairs[:count]
+
+
+def loss_of(outputs):
+    return -F.logsigmoid(BETA * (outputs.chosen_logps - outputs.rejected_logps) - 0.1).mean()
+
+
+def gradients(model, outputs):
+    loss = loss_of(outputs)
+    loss.backward()
+    grads = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return loss, grads
+
+
+def assert_same(padded, shared, pairs):
+    outputs, expected = pair_logps(shared, PrefixSharedCollator()(pairs)), padded_outputs(padded, pairs)
+    loss, grads = gradients(shared, outputs)
+    expected_loss, expected_grads = gradients(padded, expected)
+    for name, value in outputs._asdict().items():
+        torch.testing.assert_close(value.double(), getattr(expected, name).double(), **EXACT, msg=name)
+    torch.testing.assert_close(loss, expected_loss, **EXACT)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad, expected_grads[name], **EXACT, msg=name)
+    return grads
+
+
+def test_every_shared_architecture_is_held_to_the_padded_form():
+    assert set(ARCHITECTURES) == set(SHARED_ARCHITECTURES)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_with_grouped_queries(architecture):
+    grads = assert_same(*both_forms(tiny(architecture)), make_pairs(8))
+    assert len(grads) >= 15 and all(grad.abs().max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_micro_batches_of_one_to_eight_random_pairs(count):
+    for seed in range(3):
+        assert_same(*both_forms(tiny(seed=seed)), make_pairs(count + 4, seed)[4 * (seed > 0) :][:count])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"tie_word_embeddings": True},
+        {"sliding_window": 24},
+    ],
+    ids=["all-heads", "one-head", "tied", "window"],
+)
+def test_other_forms_of_the_model(overrides):
+    """24 tokens are as many as the longest prompt and answer have: a window of that size changes nothing."""
+    model = tiny(**overrides)
+    assert unsupported_reason(model, 24) is None
+    assert_same(*both_forms(model), make_pairs(6))
+
+
+@pytest.mark.parametrize("trained", ["down_proj", "lm_head", "embed_tokens"])
+def test_selected_weights_have_the_padded_form_s_gradients(trained):
+    padded, shared = both_forms(tiny())
+    for model in (padded, shared):
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(trained in name)
+    grads = assert_same(padded, shared, make_pairs(6))
+    assert grads and all(trained in name for name in grads)
+
+
+def test_lora():
+    config = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", lora_dropout=0.0)
+    padded, shared = tiny(), tiny()
+    adapters = []
+    add_fused_lm_head(shared, outputs=HEAD_OUTPUTS)
+    for model in (padded, shared):
+        torch.manual_seed(1)
+        adapter = get_peft_model(model, config)
+        for name, weight in adapter.named_parameters():
+            if "lora_B" in name:  # zero at the start, and A's gradient with it
+                torch.nn.init.normal_(weight, std=0.1)
+        adapters.append(adapter.double())
+    enable_prefix_sharing(adapters[1])
+    grads = assert_same(*adapters, make_pairs(6))
+    assert len(grads) == 8 and all("lora" in name for name in grads)
+
+
+def test_gradient_checkpointing():
+    padded, shared = both_forms(tiny())
+    shared.gradient_checkpointing_enable({"use_reentrant": False})
+    shared.train()
+    assert_same(padded, shared, make_pairs(6))
+
+
+def test_a_padded_call_and_generation_still_work_after_sharing():
+    padded, shared = both_forms(tiny())
+    pairs = make_pairs(5)
+    found = pair_logps(shared, PaddedCollator(0)(pairs)).chosen_logps
+    expected = padded_outputs(padded, pairs).chosen_logps
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)  # TRL's head folds in float32
+    prompt = torch.tensor([[5, 6, 7]])
+    answers = (model.generate(prompt, max_new_tokens=5, do_sample=False) for model in (padded, shared))
+    assert torch.equal(*answers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_changed_answer_leaves_the_other_one_s_log_probability_bit_for_bit(dtype):
+    """And in a micro-batch, that of every other pair; the changed one's own moves."""
+    _, shared = both_forms(tiny())
+    shared = shared.to(dtype)
+    pairs = make_pairs(6)
+    changed = [dict(pair) for pair in pairs]
+    changed[4]["rejected_ids"] = [96 - token % 90 for token in pairs[4]["rejected_ids"]]
+    with torch.no_grad():
+        before, after = (pair_logps(shared, PrefixSharedCollator()(rows)) for rows in (pairs, changed))
+    assert torch.equal(before.chosen_logps, after.chosen_logps)
+    others = [0, 1, 2, 3, 5]
+    assert torch.equal(before.rejected_logps[others], after.rejected_logps[others])
+    assert before.rejected_logps[4] != after.rejected_logps[4]
+
+
+def test_the_layout_by_hand():
+    """Prompt 10 11 12, chosen 20 21, rejected 30 31 32; then prompt 13, chosen 22, rejected 33."""
+    batch = PrefixSharedCollator()(
+        [
+            {"prompt_ids": [10, 11, 12], "chosen_ids": [20, 21], "rejected_ids": [30, 31, 32], "margin": 0.5},
+            {"prompt_ids": [13], "chosen_ids": [22], "rejected_ids": [33], "margin": -1.0},
+        ]
+    )
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 20, 12, 30, 31, 13, 13]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 4, 0, 0]]
+    assert batch["shift_labels"].tolist() == [[-100, -100, 20, 21, 30, 31, 32, 22, 33]]
+    assert batch["pair_lengths"] == ((3, 2, 3), (1, 1, 1))
+    assert batch["margin"].tolist() == [0.5, -1.0]
+
+
+@pytest.mark.parametrize("groups", [1, 2], ids=["heads", "grouped"])
+def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, groups):
+    """
+    Pair by pair, and packed as for `varlen_attn` (a slow form of it stands in: no GPU), against one softmax over the
+    whole row under the mask that the layout says: causal, within the pair, and the second answer not to the first.
+    """
+    lengths = ((3, 2, 4), (1, 1, 1), (2, 5, 1))
+    total = sum(k + n + m - 1 for k, n, m in lengths)
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, total, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(1, 4 // groups, total, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    allowed, start = torch.zeros(total, total, dtype=torch.bool), 0
+    for k, n, m in lengths:
+        for i in range(k + n + m - 1):
+            for j in range(i + 1):
+                second = i >= k + n - 1
+                allowed[start + i, start + j] = not second or j < k - 1 or j >= k + n - 1
+        start += k + n + m - 1
+    repeated = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=allowed, scale=0.3).transpose(1, 2)
+    wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
+
+    def slow_varlen(q, k, v, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, enable_gqa):
+        assert window_size == (-1, 0) and enable_gqa == (groups > 1)
+        parts = []
+        for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
+            assert b - a <= longest_query and d - c <= longest_key
+            visible = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned to the bottom right
+            one = F.scaled_dot_product_attention(
+                *(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=visible, scale=scale, enable_gqa=True
+            )
+            parts.append(one.transpose(0, 1))
+        return torch.cat(parts)
+
+    monkeypatch.setattr(shared_attention, "varlen_attn", slow_varlen)
+    by_pairs = shared_attention._attend_pair_by_pair(query, key, value, 0.3, lengths)
+    packed = shared_attention._attend_packed(query, key, value, 0.3, shared_attention.packed_keys(lengths))
+    for found in (by_pairs, packed):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        for grad, want in zip(torch.autograd.grad(found.square().sum(), (query, key, value)), wanted, strict=True):
+            torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "max_length", "reason"),
+    [
+        ({"sliding_window": 16}, 17, "not within the model's sliding window of 16 tokens"),
+        ({"sliding_window": 16}, None, "not within the model's sliding window of 16 tokens"),
+        ({"attention_dropout": 0.1}, 16, "attention_dropout is 0.1"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            16,
+            "its dynamic rotary embedding depends on the longest sequence",
+        ),
+    ],
+)
+def test_what_falls_back_to_padded_pairs(overrides, max_length, reason):
+    assert reason in unsupported_reason(build_model(**overrides), max_length)
+
+
+def test_an_unknown_architecture_falls_back():
+    model = build_model()
+    model.config.model_type = "falcon"
+    assert "this model is a falcon" in unsupported_reason(model, 16)
