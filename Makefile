@@ -23,7 +23,7 @@ LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE)
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate test test-fast style style-check
+.PHONY: help setup train check evaluate bench test test-fast style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ check: $(SETUP) ## what RECIPE would do and take under ACCELERATE, and what is w
 
 evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE=… ARGS="--model_name_or_path …"
 	$(LAUNCH) recipes/evaluate.py --config $(RECIPE) $(ARGS)
+
+bench: $(SETUP) ## this project's trainer against stock TRL, on generated rows; make bench ARGS="--model … --dataset …"
+	$(PYTHON) recipes/bench.py $(ARGS)
 
 test: $(SETUP) ## all tests, the slow end-to-end runs included
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

@@ -42,7 +42,7 @@ class SelectionRun:
 def time_selection(count: int, processes: int, seed: int = 0) -> SelectionRun:
     """Select among `count` generated rows of UltraFeedback's lengths; one in twenty breaks a rule on purpose."""
     lengths = LENGTHS["UltraFeedback"]
-    tokenizer = train_tokenizer(text for pair in generate_pairs(2000, lengths, seed + 2) for text in pair)
+    tokenizer = train_tokenizer(text for pair in generate_pairs(500, lengths, seed + 2) for text in pair)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.arrow"
         _write_rows(path, count, lengths, seed)

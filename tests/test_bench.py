@@ -1,0 +1,207 @@
+"""The bench: both trainers are given the same rows and give the same losses, bounds by hand, refusals in one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bench
+import generated
+import paired_runs
+from bench_report import Measure, against_all_weights, against_stock, cells, report
+from errors import RecipeError
+from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
+from paired_runs import compare, loss_gap, token_bounds
+from parsing import build, resolve
+from selection_rate import SelectionRun, time_selection
+from throughput import GIB, PeakMemory
+from workloads import prepare_workload
+
+SMALL = ["--max_length=256", "--per_device_train_batch_size=2", "--pairs_per_update=4", "--use_cpu=true"]
+
+
+def workload_of(*keys, updates=3):
+    _, command = bench.parse([*SMALL, *keys])
+    return prepare_workload(build(resolve("dpo", command)), updates)
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """One round on twelve rows of a file, micro-batches of two, two to an update, and a model of two layers."""
+    path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    rows = [
+        {"prompt": prompt, "good": chosen, "bad": rejected}
+        for prompt, chosen, rejected in generate_pairs(30, LENGTHS["hh-rlhf"], seed=3)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generated, "VOCABULARY", 512)
+        patch.setitem(SHAPES, "tiny", Shape(2, 32, 4, 2, 64, 512))
+        workload = workload_of(
+            "--model", "tiny", "--dataset", str(path),
+            "--datasets.0.columns", "{prompt: prompt, chosen: good, rejected: bad}", "--learning_rate", "1e-3",
+        )  # fmt: skip
+        yield compare(workload, rounds=1)
+
+
+def test_both_trainers_see_the_same_rows_and_give_the_same_losses(comparison):
+    """Six micro-batches a side; the losses move away from ln 2, so that equal ones say something."""
+    assert comparison.sharing
+    assert loss_gap(comparison) < 1e-5
+    for stock, shared in zip(comparison.stock, comparison.shared, strict=True):
+        assert stock.order == shared.order and sorted(stock.order) == list(range(12))
+        assert len(stock.losses) == len(shared.losses) == 6
+        assert max(abs(loss - np.log(2)) for loss in stock.losses) > 1e-3
+        assert len(stock.step_seconds) == len(shared.step_seconds) == 2  # the first of three warms up
+        assert stock.reference_seconds > 0 and shared.reference_seconds > 0
+
+
+def test_the_second_reference_pass_makes_no_forward(comparison):
+    assert [run.second_pass_forwards for run in comparison.shared + comparison.other] == [0, 0]
+
+
+def test_the_optimizer_holds_two_moments_of_what_is_trained(comparison):
+    """Adam in float32: 8 bytes a weight, and a step count for each of the tensors."""
+    model = comparison.workload.build_model()
+    everything = sum(p.numel() for p in model.parameters())
+    tensors = len(list(model.parameters()))
+    assert comparison.shared[0].optimizer_bytes == 8 * everything + 4 * tensors
+    assert comparison.other[0].optimizer_bytes == 8 * 2 * 32 * 64 + 4 * 2  # down_proj of two layers
+
+
+def test_losses_that_differ_are_refused(comparison, monkeypatch):
+    monkeypatch.setattr(paired_runs, "loss_gap", lambda _: 0.5)
+    runs = iter(comparison.stock + comparison.shared + comparison.other)
+    monkeypatch.setattr(paired_runs, "run_stock", lambda *_: next(runs))
+    monkeypatch.setattr(paired_runs, "run_shared", lambda *_: next(runs))
+    with pytest.raises(RecipeError, match=r"the losses of the two trainers differ by up to 0\.5"):
+        compare(comparison.workload, rounds=1)
+
+
+def test_token_bounds_by_hand():
+    """
+    Two updates of one micro-batch of two pairs. Rows (k, n, m): (10, 5, 3), (4, 2, 8), (6, 1, 1), (2, 2, 2).
+    Rows 0 and 1: padded 2·2·max(15, 12) = 60, shared 17 + 13 = 30: 2. Rows 3 and 2: 4·7 = 28, 5 + 7 = 12: 7/3.
+    As one update of two micro-batches: 88 / 42.
+    """
+    lengths = np.array([[10, 5, 3], [4, 2, 8], [6, 1, 1], [2, 2, 2]])
+    assert token_bounds(lengths, [0, 1, 3, 2], 2, 1) == pytest.approx([2, 28 / 12])
+    assert token_bounds(lengths, [0, 1, 3, 2], 2, 2) == pytest.approx([88 / 42])
+
+
+def test_ratios_pair_the_same_update(comparison):
+    """Stock 6 and 8 s, here 2 and 4 s: ratios 3 and 2, median 2.5; 4 pairs an update, so 4/7 and 4/3 pairs/s."""
+    for run, steps in [(comparison.stock[0], [6.0, 8.0]), (comparison.shared[0], [2.0, 4.0])]:
+        run.step_seconds = steps
+    step, reference, memory = against_stock(comparison)
+    assert (step.left, step.right, step.ratio) == (pytest.approx(4 / 7), pytest.approx(4 / 3), 2.5)
+    assert step.bound > 1.5 and reference.bound > 1.5 and memory.bound is None
+    _, optimizer, _ = against_all_weights(comparison)
+    assert optimizer.ratio == comparison.shared[0].optimizer_bytes / comparison.other[0].optimizer_bytes
+    assert cells(Measure("x", "GiB", 1.5, 0.5, [2.0, 4.0, 3.0], 2.0)) == ("x", "1.5 GiB", "0.5 GiB", "3.00", "2.00")
+
+
+def test_the_report_leaves_every_run(comparison, tmp_path, capsys):
+    report([comparison], [SelectionRun(1000, 900, 2.0, GIB // 2)], tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert "training step" in shown and "second reference pass: 0 forwards" in shown
+    assert "1,000" in shown and " 500 " in shown and "0.50" in shown
+    document = json.loads((tmp_path / "out/bench.json").read_text())
+    (found,) = document["workloads"]
+    assert found["stock"][0]["losses"] == comparison.stock[0].losses
+    assert (tmp_path / "out/bench.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_generated_lengths_are_the_measured_ones():
+    """Words, nearly a token each: medians and means of 20,000 pairs within a twentieth of UltraFeedback's."""
+    lengths = LENGTHS["UltraFeedback"]
+    pairs = list(generate_pairs(20_000, lengths, seed=0))
+    for texts, (middle, mean) in zip(
+        zip(*pairs, strict=True), (lengths.prompt, lengths.chosen, lengths.rejected), strict=True
+    ):
+        words = [text.count(" ") + 1 for text in texts]
+        assert np.median(words) == pytest.approx(middle, rel=0.05)
+        assert np.mean(words) == pytest.approx(mean, rel=0.05)
+    assert pairs[:5] == list(generate_pairs(20_000, lengths, seed=0))[:5] and pairs[0] != pairs[1]
+
+
+def test_generated_rows_and_models_are_the_same_each_time():
+    one, two = (workload_of("--datasets.0.path=generated/hh-rlhf", updates=1) for _ in range(2))
+    assert one.rows["prompt_ids"] == two.rows["prompt_ids"]
+    assert set(one.rows["margin"]) == {0.0} and set(one.rows["is_buffer"]) == {False}
+    models = (random_model(Shape(1, 16, 2, 1, 32, 50), torch.float32, seed=1) for _ in range(2))
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+
+
+def test_selection_drops_what_is_made_to_be_dropped():
+    """
+    600 rows in one run of 60s: 10 identical pairs, 10 repeated ones and 10 labelled both ways (20 rows go); then the
+    score filter keeps 90 % of what the other rules leave.
+    """
+    run = time_selection(600, processes=1)
+    assert run.rows == 600 and 200 < run.kept <= (600 - 40) * 9 // 10
+    assert run.seconds > 0 and run.peak_bytes >= 0
+
+
+def test_peak_memory_of_a_block():
+    """64 MiB are held and let go; 32 MiB that stay after an earlier block don't count."""
+    kept = torch.ones(8 * 2**20)
+    with PeakMemory() as memory:
+        held = torch.ones(16 * 2**20)
+        del held
+    assert 60 * 2**20 < memory.peak_bytes < 80 * 2**20
+    assert len(kept)
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+REFUSALS = [
+    (["--rounds", "0"], "command line: argument --rounds: '0' is no whole number of at least 1"),
+    (["--updates"], "command line: argument --updates: expected one argument"),
+    (["--selection_rows", "many"], "command line: argument --selection_rows: 'many' is no whole number"),
+    (["--round", "2"], "command line: round: unknown key"),
+    (["--lerning_rate", "1e-4"], "did you mean learning_rate?"),
+    (["--config", "absent.yaml"], "absent.yaml: no such recipe"),
+    (["--datasets.0.colums", "{}"], "datasets.0.colums: unknown key; did you mean columns?"),
+    (["pairs.jsonl"], "command line: 'pairs.jsonl' belongs to no key"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), REFUSALS, ids=[" ".join(argv) for argv, _ in REFUSALS])
+def test_wrong_options_are_refused(argv, message):
+    with pytest.raises(RecipeError) as caught:
+        _, keys = bench.parse(argv)
+        resolve("dpo", keys)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["--model", "/no/such/folder"], "no such folder"),
+        (["--datasets.0.path=generated/ultrafeedback"], "no such lengths; did you mean UltraFeedback?"),
+        (["--use_peft", "true"], "the bench trains weights themselves"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        workload_of(*keys)
+
+
+def test_too_few_rows_are_refused(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = generate_pairs(6, LENGTHS["hh-rlhf"], seed=0)
+    lines = (json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in rows)
+    path.write_text("\n".join(lines))
+    with pytest.raises(RecipeError, match=r"rows are left by the selection, and 3 updates need 12"):
+        workload_of("--dataset", str(path), "--datasets.0.columns.prompt", "prompt")
+
+
+def test_the_script_refuses_in_one_line_and_at_once():
+    script = Path(bench.__file__)
+    done = subprocess.run([sys.executable, script, "--bata", "1"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "did you mean beta?" in done.stderr
