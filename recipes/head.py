@@ -33,9 +33,11 @@ def add_answer_head(model: PreTrainedModel) -> None:
         scored = (labels != -100).nonzero().squeeze(1)
         head = self.get_output_embeddings()
         with maybe_gather_lm_head_ctx(head.weight, head.bias):
-            outputs = AnswerLogProbs.apply(
-                hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, labels[scored]
-            )
+            weight, bias = head.weight, head.bias
+            if not torch.is_grad_enabled():
+                # A Function isn't told of no_grad: it would keep the probabilities for the head's gradient.
+                weight, bias = weight.detach(), None if bias is None else bias.detach()
+            outputs = AnswerLogProbs.apply(hidden.flatten(0, 1).index_select(0, scored), weight, bias, labels[scored])
         log_probs, entropy, mean_logits, is_top1 = (
             output.new_zeros(len(labels)).index_copy(0, scored, output).view_as(answer_labels) for output in outputs
         )
@@ -65,29 +67,29 @@ class AnswerLogProbs(torch.autograd.Function):
         trains_head = any(ctx.needs_input_grad[1:3])
         slope = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         kept = inputs.new_empty((len(inputs), len(weight))) if trains_head else None
+        # A row's mean logit is its product with the mean of the weights: no pass over the logits.
+        mean_logits = inputs.to(wide) @ weights.mean(0, dtype=wide)
+        if bias is not None:
+            mean_logits += bias.mean(dtype=wide)
         statistics = []
         for start in range(0, len(inputs), TILE_TOKENS):
             tile = slice(start, start + TILE_TOKENS)
             logits = torch.mm(inputs[tile], weights.t())
             if bias is not None:
                 logits += bias.to(dtype)
-            logits = logits.to(wide)
-            mean_logits = logits.mean(1)
-            logits -= logits.amax(1, keepdim=True)
-            target_logits = logits.gather(1, targets[tile, None]).squeeze(1)
-            probabilities = logits.exp()
-            partition = probabilities.sum(1)
-            log_partition = partition.log()
-            probabilities /= partition[:, None]
-            entropy = log_partition - logits.mul_(probabilities).sum(1)
-            statistics.append(torch.stack([target_logits - log_partition, entropy, mean_logits, target_logits]))
+            # One kernel, row by row in the cache, where each step written out would stream all logits from memory.
+            every = torch.log_softmax(logits, dim=1, dtype=wide)
+            probabilities = every.exp()
+            picked = every.gather(1, targets[tile, None]).squeeze(1)
+            entropy = -torch.einsum("nv,nv->n", probabilities, every)
+            statistics.append(torch.stack([picked, entropy, every.amax(1) - picked]))
             probabilities = probabilities.to(dtype)
             if slope is not None:
                 torch.sub(weights[targets[tile]], torch.mm(probabilities, weights), out=slope[tile])
             if kept is not None:
                 kept[tile] = probabilities
-        log_probs, entropy, mean_logits, below_peak = torch.cat(statistics, dim=1)
-        is_top1 = below_peak == 0
+        log_probs, entropy, below_best = torch.cat(statistics, dim=1)
+        is_top1 = below_best == 0
         ctx.save_for_backward(slope, kept, inputs if trains_head else None, targets)
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
