@@ -9,7 +9,7 @@ from statistics import median
 import torch
 from matplotlib.figure import Figure
 
-from paired_runs import Comparison, Run, loss_gap, token_bounds
+from paired_runs import SELECTIVE, Comparison, Run, loss_gap, token_bounds
 from report import print_table
 from runs import versions
 from selection_rate import SelectionRun
@@ -39,9 +39,9 @@ def report(comparisons: list[Comparison], selections: list[SelectionRun], folder
         title = describe(comparison)
         trainers, weights = against_stock(comparison), against_all_weights(comparison)
         print_table(title, ("", "stock TRL", "here", "ratio", "tokens alone"), [cells(m) for m in trainers])
-        print_table(
-            "All weights against down_proj", ("", "all", "down_proj", "ratio"), [cells(m)[:4] for m in weights]
-        )
+        selected = ", ".join(comparison.workload.trained or SELECTIVE)
+        header = ("", "all", selected, "ratio")
+        print_table(f"All weights against {selected}", header, [cells(measure)[:4] for measure in weights])
         shared = comparison.shared
         print(
             f"second reference pass: {max(run.second_pass_forwards for run in shared)} forwards, "
