@@ -84,9 +84,10 @@ guard=()
 command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this script is killed, what it started ends
 # A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
 # to end, too few to save a large model.
-setsid "${guard[@]}" "$accelerate" launch --config_file "$config" --num_machines "$number" \
+export START_SECONDS=${START_SECONDS:-50}
+setsid "${guard[@]}" "$accelerate" launch --quiet --config_file "$config" --num_machines "$number" \
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
-    --main_process_port "$port" --rdzv_conf "timeout=${START_SECONDS:-50}" "$@" &
+    --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!
 trap 'pkill -USR1 -P $launcher || kill -TERM $launcher 2>/dev/null || true' TERM USR1
 trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import MANIFEST, SAVED_ON_SIGNAL, check_fits, checkpoint_to_resume, damage, newest_complete, seal
-from errors import USER_ERROR, RecipeError
+from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
 
 

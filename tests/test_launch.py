@@ -101,7 +101,7 @@ def start(
 def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
     """The options that the stand-in for accelerate was given."""
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split("launch ")[1].split()
+    words = done.stdout.split("launch --quiet ")[1].split()
     return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import ranks
-from errors import RecipeError
+import watch
+from errors import PEER_LOST, RecipeError
 from forked import run_ranks
 
 
@@ -92,11 +93,11 @@ def test_the_world_is_the_one_of_the_recipe():
 
 
 def test_deepspeed_that_did_not_start(monkeypatch):
-    with pytest.raises(RecipeError, match="expects DeepSpeed, but the launcher did not start it"):
+    with pytest.raises(RecipeError, match="is one of DeepSpeed, but the launcher did not start it"):
         ranks.check_world(None, deepspeed=True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     ranks.check_world(None, deepspeed=True)
-    with pytest.raises(RecipeError, match="not for DeepSpeed"):
+    with pytest.raises(RecipeError, match="is not one of DeepSpeed"):
         ranks.check_world(None, deepspeed=False)
 
 
@@ -142,16 +143,16 @@ def watched(rank: int, port: int, victim: int, how: str) -> None:
     os.environ.update(
         {key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    ranks.BEAT_SECONDS = 0.2
+    watch.BEAT_SECONDS = 0.2
     ranks.join_processes(timeout=60)
-    watch = ranks.Watch(lost_after=2.0)
+    pulse = watch.Watch(lost_after=2.0)
     time.sleep(1)
     if rank == victim and how == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == victim and how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "end":
-        watch.stop()
+        pulse.stop()
         time.sleep(rank)  # rank 0 is gone before rank 1
         os._exit(0)
     ranks.dist.barrier()  # waits for the victim until the timeout
@@ -174,7 +175,7 @@ def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
         if how == "end":
             assert survivor.exitcode == 0
         elif how == "freeze":
-            assert survivor.exitcode == ranks.PEER_LOST
+            assert survivor.exitcode == PEER_LOST
             name = "rank 0" if victim == 0 else f"rank 1 on {socket.gethostname()}"
             assert f"stops: {name} was not heard of for 2 s: frozen, or cut off" in capfd.readouterr().err
         else:
