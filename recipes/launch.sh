@@ -72,6 +72,16 @@ if [ "$number" -gt 1 ] && [ "$(setting distributed_type)" = DEEPSPEED ]; then
     [ "$(setting deepspeed_multinode_launcher)" = standard ] ||
         fail "$config: over several nodes it needs deepspeed_multinode_launcher: standard; take zero3-nodes.yaml"
 fi
+# What torch's launcher would try again for minutes, or explain in sixty lines.
+first=${nodes[0]}
+if [ "$number" -gt 1 ]; then
+    getent hosts "$first" >/dev/null || fail "the first of NODES, $first, is no name that $(hostname) knows; correct NODES"
+    answer=$([ "$NODE_RANK" -eq 0 ] || LC_ALL=C timeout 5 bash -c "</dev/tcp/$first/$port" 2>&1 || true)
+    [[ ! $answer =~ (No route|unreachable) ]] || fail "no way from $(hostname) to the first of NODES, $first (${answer##*: })"
+fi
+if [ "$NODE_RANK" -eq 0 ] && [ $((number * processes)) -gt 1 ] && (: </dev/tcp/"$first"/"$port") 2>/dev/null; then
+    fail "port $port of $first is taken; set PORT to another, the same on every node"
+fi
 # torch's launcher would give each process one thread, which starves an optimizer on the CPU.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 

@@ -36,7 +36,7 @@ MAY_CHANGE = {
     "logging_strategy", "logging_first_step", "logging_dir", "log_level", "disable_tqdm", "save_steps",
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "dataset_num_proc",
     "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs", "reference_cache",
 }  # fmt: skip
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
