@@ -44,6 +44,8 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             told = error if isinstance(error, RecipeError) else full_disk(error)
             if told is None:
+                if "RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "Connection ")):
+                    time.sleep(10)  # `watch.Watch` tells in the meantime which rank is gone, and ends this one
                 raise
             if told.everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # or the launcher might end the rank that prints it before it has
@@ -57,7 +59,7 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
 def leave(code: int) -> NoReturn:
     """End the process at once: threads and process groups of a half-started run must not outlive or hang it."""
     place = os.environ.get("LAUNCH_EXIT_CODE")  # for launch.sh: accelerate makes a 1 of every code
-    if code and place and not Path(place).read_text():  # the first to stop is the cause
+    if code and place and not (Path(place).is_file() and Path(place).read_text()):  # the first to stop is the cause
         Path(place).write_text(str(code))
     sys.stdout.flush()
     os._exit(code)

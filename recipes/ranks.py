@@ -78,15 +78,13 @@ def join_processes(timeout: float = 1800.0, fault: str | None = None) -> None:
             f"{master}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}. Check that every node was started with "
             "the same number of machines and processes and can reach that address"
         ) from error
-    # Launchers that were given different numbers meet all the same, and train as a world of neither's size.
-    agree("number of processes per node", os.environ["LOCAL_WORLD_SIZE"])
     agree("number of processes", world_size())
 
 
 def _call_roll(store: dist.Store, wait: timedelta, fault: str | None) -> None:
     """Every rank says that it is there, or what stops it, and hears what the others say."""
     everyone = [str(index) for index in range(world_size())]
-    store.set(str(rank()), json.dumps([socket.gethostname(), fault]))
+    store.set(str(rank()), json.dumps([socket.gethostname(), os.environ["LOCAL_WORLD_SIZE"], fault]))
     try:
         store.wait(everyone, wait)
     except RuntimeError as error:
@@ -98,15 +96,21 @@ def _call_roll(store: dist.Store, wait: timedelta, fault: str | None) -> None:
         ) from error
     said = [json.loads(store.get(name)) for name in everyone]
     store.add("heard", 1)
-    until = time.monotonic() + 5  # the store may be rank 0's, which must not leave before all have heard
-    while store.add("heard", 0) < world_size() and time.monotonic() < until:
+    until = time.monotonic() + 5
+    # The store may be rank 0's own, so it must not leave before all have heard.
+    while rank() == 0 and store.add("heard", 0) < world_size() and time.monotonic() < until:
         time.sleep(0.02)
-    faults = {text: f"rank {index} on {host}" for index, (host, text) in reversed(list(enumerate(said))) if text}
-    if not faults:
-        return
-    text, who = list(faults.items())[-1]
-    alike = all(theirs == text for _, theirs in said)
-    raise RecipeError(text if alike else f"{who} cannot start: {text}", everywhere=True)
+    hosts, sizes, faults = zip(*said, strict=True)
+    if len(set(sizes)) > 1:
+        # Launchers that were given different numbers meet all the same, and train as a world of neither's size.
+        each = ", ".join(sorted({f"{host} {size}" for host, size in zip(hosts, sizes, strict=True)}))
+        raise RecipeError(
+            f"the nodes do not have the same number of processes: {each}; start all alike", everywhere=True
+        )
+    index = next((index for index, text in enumerate(faults) if text), None)
+    if index is not None:
+        who = "" if len(set(faults)) == 1 else f"rank {index} on {hosts[index]} cannot start: "
+        raise RecipeError(who + faults[index], everywhere=True)
 
 
 def first_rank_decides(function: Callable[[], Result]) -> Result:

@@ -55,6 +55,8 @@ def prepare_environment() -> None:
         # Every process would take all cores: eight steps took 15.5 s instead of 0.6 s on a busy machine.
         share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    if place := os.environ.get("LAUNCH_EXIT_CODE"):
+        Path(place).touch()  # tells launch.sh that the nodes have met; `errors.leave` writes into it
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # Started by `accelerate launch`: if that is killed, this process would train on unseen. It gets SIGTERM
         # instead, on which it saves and stops.

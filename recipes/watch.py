@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from errors import PEER_LOST
+from errors import PEER_LOST, leave
 from ranks import rank
 
 BEAT_SECONDS = 3.0
@@ -86,7 +86,7 @@ class Watch:
         for other in self.links:
             self._send(other, verdict)
         print(f"error: rank {rank()} on {socket.gethostname()} stops: {verdict}", file=sys.stderr, flush=True)
-        os._exit(PEER_LOST)
+        leave(PEER_LOST)
 
     @staticmethod
     def _send(link: socket.socket, line: str) -> None:

@@ -1,7 +1,7 @@
 """
-The real recipes/dpo.py on a tiny model and rows built here, for tests that kill it. A start is forked from a server
-that has imported everything once, with the environment that `accelerate launch` would give it, and tells its parent
-what it is doing, a byte a deed, so that the parent can kill it in the middle of a given one.
+The real recipes/dpo.py (or sft.py) on a tiny model and rows built here, for tests that kill it. A start is forked from
+a server that has imported everything once, with the environment that `accelerate launch` would give it, and tells its
+parent what it is doing, a byte a deed, so that the parent can kill it in the middle of a given one.
 """
 
 import json
@@ -20,21 +20,21 @@ import yaml
 from nodes import free_port
 
 ROOT = Path(__file__).parents[1]
-DPO = ROOT / "recipes" / "dpo.py"
 PRELOADED = ["real_run", "conftest", "trainer", "results", "buffer", "session", "tokens", "watch", "deepspeed"]
 # What a start tells: a micro-batch of the reference pass, of an evaluation or of training begins; a file of a
-# checkpoint is opened, renamed or removed; the trained model is being saved.
-REFERENCE, EVALUATION, TRAINING, SAVE, END = b"r", b"e", b"t", b"s", b"f"
+# checkpoint is opened, renamed or removed; or another file of the output folder.
+REFERENCE, EVALUATION, TRAINING, SAVE, OTHER = b"r", b"e", b"t", b"s", b"o"
 DROPOUT = "with_dropout"  # the model whose run is another one if the random state is lost; its pairs are padded
 ACCUMULATION, UPDATES, SAVE_STEPS = 4, 9, 2
 
 
 @dataclass
 class Start:
-    """One start of recipes/dpo.py, killed or not."""
+    """One start of a script, killed or not."""
 
     output_dir: Path
     arguments: list[str] = field(default_factory=list)
+    script: str = "dpo"
     processes: int = 1
     zero_stage: int | None = None
     kill: tuple[bytes, int, float] | None = None  # in the n-th deed of this kind, seconds after it began
@@ -52,8 +52,11 @@ class Done:
 
 def prepare(folder: Path) -> Path:
     """A model, rows and a recipe under `folder`, which uses all that a 7B run uses; returns the recipe."""
+    from transformers.utils.logging import disable_progress_bar
+
     from conftest import build_model, build_tokenizer
 
+    disable_progress_bar()
     for name, dropout in (("model", 0.0), (DROPOUT, 0.1)):
         build_model(attention_dropout=dropout).save_pretrained(folder / name)
         build_tokenizer().save_pretrained(folder / name)
@@ -61,17 +64,17 @@ def prepare(folder: Path) -> Path:
     for name, count, seed in (("task", 64, 1), ("buffer", 24, 2), ("held_out", 8, 3)):
         rows = [json.dumps(row) for row in pairs(count, seed, name)]
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
-    columns = {key: key for key in ("prompt", "chosen", "rejected", "chosen_safe", "rejected_safe")}
-    source = {"columns": columns}
+
+    def source(name: str) -> dict[str, Any]:
+        columns = {key: key for key in ("prompt", "chosen", "rejected", "chosen_safe", "rejected_safe")}
+        return {"path": str(folder / f"{name}.jsonl"), "columns": columns}
+
     recipe = {
         "model_name_or_path": str(folder / "model"),
         "output_dir": str(folder / "run"),
         "reference_cache": str(folder / "reference"),
-        "datasets": [
-            {"path": str(folder / "task.jsonl"), **source},
-            {"path": str(folder / "buffer.jsonl"), "role": "buffer", **source},
-        ],
-        "eval_datasets": [{"path": str(folder / "held_out.jsonl"), **source}],
+        "datasets": [source("task"), source("buffer") | {"role": "buffer"}],
+        "eval_datasets": [source("held_out")],
         "selection": {"hygiene": {"max_length_ratio": None, "eval_ngram": None}},
         "margin": {"preset": "bfpo"},
         "trainable_parameters": ["down_proj"],
@@ -130,8 +133,15 @@ def run(start: Start, recipe: Path, timeout: float = 180.0) -> Done:
     port = free_port()
     log = start.output_dir.with_name(start.output_dir.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    argv = [str(DPO), "--config", str(recipe), "--output_dir", str(start.output_dir)]
-    argv += ["--reference_cache", str(start.output_dir.with_name(start.output_dir.name + ".reference"))]
+    argv = [
+        str(ROOT / "recipes" / f"{start.script}.py"),
+        "--config",
+        str(recipe),
+        "--output_dir",
+        str(start.output_dir),
+    ]
+    if start.script == "dpo":
+        argv += ["--reference_cache", str(start.output_dir.with_name(start.output_dir.name + ".reference"))]
     receiver, sender = context.Pipe(duplex=False)
     ranks = [
         context.Process(target=_rank, args=(start, argv + start.arguments, rank, port, str(log), sender))
@@ -178,8 +188,8 @@ def _rank(start: Start, argv: list[str], rank: int, port: int, log: str, told) -
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _watch_deeds(told.send_bytes if rank == 0 else lambda deed: None, start.output_dir, rank)
     sys.argv = argv
-    sys.path.insert(0, str(DPO.parent))
-    runpy.run_path(str(DPO), run_name="__main__")
+    sys.path.insert(0, str(Path(argv[0]).parent))
+    runpy.run_path(argv[0], run_name="__main__")
     sys.stdout.flush()
     os._exit(0)
 
@@ -213,8 +223,12 @@ def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
         setattr(ShiftedMarginTrainer, function.__name__, function)
 
     def audit(event: str, args: tuple) -> None:
-        if event in ("open", "os.rename", "os.remove", "shutil.rmtree") and str(args[0]).startswith(str(output_dir)):
-            tell(SAVE if ".saving" in str(args[0]) or "checkpoint-" in str(args[0]) else END)
+        if event in ("open", "os.rename", "os.remove", "shutil.rmtree") and isinstance(args[0], str | Path):
+            path = Path(args[0])
+            if path == output_dir or ".saving" in path.parts or path.name.startswith("checkpoint-"):
+                tell(SAVE)
+            elif output_dir in path.parents:
+                tell(OTHER)
 
     sys.addaudithook(audit)
 

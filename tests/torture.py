@@ -20,14 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it counts what killed processes leave
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 from nodes import ROOT, Node, await_checkpoint, nodes_of_two
 from real_run import (
     ACCUMULATION,
     DROPOUT,
-    END,
     EVALUATION,
+    OTHER,
     REFERENCE,
     SAVE,
     TRAINING,
@@ -154,11 +155,11 @@ def killed(work: Workspace, count: int, draw: random.Random, name: str, bound: f
         attempts += 1
         dropout = moment % 2 == 1
         deeds = work.whole(dropout, **how)[0].deeds
-        kind = (REFERENCE, TRAINING, SAVE, draw.choice([EVALUATION, END, SAVE, TRAINING]))[moment % 4]
+        kind = (REFERENCE, TRAINING, SAVE, draw.choice([EVALUATION, OTHER, SAVE, TRAINING]))[moment % 4]
         number = draw.randint(1, deeds.count(kind))
         if moment % 4 == 1:  # not before the first micro-batch of an update, which would be between two of them
             number = draw.choice([n for n in range(1, deeds.count(kind) + 1) if (n - 1) % accumulation])
-        victim, delay = draw.randrange(how.get("processes", 1)), draw.uniform(0, 0.02)
+        victim, delay = draw.randrange(how.get("processes", 1)), draw.uniform(0, 0.01)
         folder = f"{'zero3' if how else 'single'}-{attempts}"
         first = work.start(folder, dropout, kill=(kind, number, delay), victim=victim, **how)
         if first.codes[victim] != -9:
@@ -166,6 +167,8 @@ def killed(work: Workspace, count: int, draw: random.Random, name: str, bound: f
             continue
         moment += 1
         phase = PHASES[first.deeds[-1:]]
+        if phase == PHASES[TRAINING] and first.deeds.count(TRAINING) % accumulation == 0:
+            phase = "in an update"  # in its last micro-batch, or in the optimizer
         second = work.start(folder, dropout, arguments=AUTO, **how)
         fault, found = None, {}
         if any(second.codes):
@@ -192,9 +195,9 @@ def killed(work: Workspace, count: int, draw: random.Random, name: str, bound: f
 PHASES = {
     REFERENCE: "in the reference pass",
     EVALUATION: "in an evaluation",
-    TRAINING: "in an accumulation",
+    TRAINING: "in mid-accumulation",
     SAVE: "in a save",
-    END: "before training or at its end",
+    OTHER: "while other files were written",
 }
 
 
