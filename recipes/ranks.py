@@ -203,7 +203,7 @@ def check_world(num_processes: int | None, deepspeed: bool | None = None) -> Non
 
     Args:
         num_processes: processes on all nodes together; None: any number.
-        deepspeed: whether the launch configuration is one of DeepSpeed; None: either.
+        deepspeed: whether the launch configuration is one of DeepSpeed; None: not known.
 
     Raises:
         RecipeError: they differ.
@@ -216,13 +216,10 @@ def check_world(num_processes: int | None, deepspeed: bool | None = None) -> Non
             "them (without --cpu, which starts a single process), or set num_processes in the recipe",
             everywhere=True,
         )
-    active = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed is not None and active != deepspeed:
+    if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         raise RecipeError(
             "the launch config is one of DeepSpeed, but the launcher did not start it; launch without --cpu (a config "
-            "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml"
-            if deepspeed
-            else "the launch config is not one of DeepSpeed, but the launcher started it; use another config file",
+            "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml",
             everywhere=True,
         )
 

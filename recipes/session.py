@@ -46,7 +46,7 @@ def open_run(kind: Kind) -> Resolved:
 
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
-    check_world(settings.recipe.num_processes, deepspeed_is_asked_for() or None)
+    check_world(settings.recipe.num_processes, deepspeed_is_asked_for())
     agree("recipe", values)
     agree("versions", versions())
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))

@@ -8,11 +8,10 @@ import yaml
 from accelerate import Accelerator
 from datasets import Dataset
 from trl import ModelConfig
-from trl.trainer.utils import add_fused_lm_head
 
 from conftest import build_model
 from errors import RecipeError
-from policy import as_pairs, verify_saved
+from policy import verify_saved
 from real_run import REFERENCE, SAVE, TRAINING, Outcome, Start, difference, outcome, prepare, run
 from tokens import ids_digest
 
@@ -79,9 +78,7 @@ def test_sft_under_zero3_proves_what_it_has_saved(recipe, tmp_path):
 def test_saved_weights_that_are_not_the_trained_ones_are_refused(tmp_path):
     model = build_model()
     model.save_pretrained(tmp_path)
-    add_fused_lm_head(model, outputs=("log_probs",))  # as SFTTrainer's
-    rows = as_pairs(Dataset.from_dict({"input_ids": [[1, 5, 9, 7], [1, 8], [3], [1, 6, 6, 6, 2]]}))
-    assert rows["chosen_ids"] == [[5, 9, 7], [8], [6, 6, 6, 2]], "a row of one token has nothing to compare"
+    rows = [[1, 5, 9, 7], [1, 8], [1, 6, 6, 6, 2]]
     base = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
     settings = (str(tmp_path), base, model, Accelerator(cpu=True), rows, 0)
     assert verify_saved(*settings) < 1e-6
