@@ -60,6 +60,8 @@ def join_processes(timeout: float = 1800.0, fault: str | None = None) -> None:
         # gloo binds to what the host's own name resolves to: often 127.0.0.1, which other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(master))
         store, _, _ = next(iter(dist.rendezvous("env://", timeout=wait)))
+        # The launcher keeps its store when it starts the processes again.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         _call_roll(dist.PrefixStore("roll", store), wait, fault)
         store.set_timeout(timedelta(seconds=timeout))
         dist.init_process_group(
