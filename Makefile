@@ -18,12 +18,12 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 endif
 
-LAUNCH = $(PYTHON) -m accelerate.commands.launch --config_file $(ACCELERATE)
+LAUNCH = $(PYTHON) -m accelerate.commands.launch --quiet --config_file $(ACCELERATE)
 # A recipe says by its file name which stage it is: sft*.yaml or anything else.
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate bench test test-fast style style-check
+.PHONY: help setup train check evaluate bench test test-fast torture style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ test: $(SETUP) ## all tests, the slow end-to-end runs included
 
 test-fast: $(SETUP) ## the tests without the end-to-end runs
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
+
+torture: $(SETUP) ## kill, damage and mislead real runs, then print what held; ARGS="--only kills --count 5" for a part
+	$(PYTHON) tests/torture.py $(ARGS)
 
 style: $(SETUP) ## format and mend what can be mended
 	$(PYTHON) -m ruff check --fix .

@@ -1,11 +1,11 @@
 """Checkpoints that are complete or not there: written aside, sealed by a manifest, put in place by a rename."""
 
-import errno
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,13 @@ from accelerate.state import DistributedType
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from errors import RecipeError
+from errors import SAVED_ON_SIGNAL, RecipeError, full_disk, leave
 from ranks import first_rank_decides, rank
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
 ASIDE = ".saving"  # inside output_dir, so on the same disk: the rename is atomic
-SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal, saved; start it again to go on
 
 
 class CompleteCheckpoints:
@@ -51,7 +50,7 @@ class CompleteCheckpoints:
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
-            if not _disk_is_full(error, final):
+            if full_disk(error) is None and shutil.disk_usage(final).free > 1 << 20:
                 raise
             shutil.rmtree(aside, ignore_errors=True)
             raise RecipeError(
@@ -234,17 +233,28 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
 class StopOnSignal(TrainerCallback):
     """
     SIGTERM or SIGUSR1 (preemption, Slurm's signal before the end) on any rank: all of them finish the update, save,
-    and stop. After `train`, `exit_if_stopped` ends the process with `SAVED_ON_SIGNAL`.
+    and stop. After `train`, `exit_if_stopped` ends the process with `SAVED_ON_SIGNAL`; before the first update there
+    is nothing to save, and the process ends with it at once (what a reference pass has computed is kept).
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self.stopped = False
+        self.training = self.stopped = False
+        self.process = os.getpid()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: Any) -> None:
+        if os.getpid() != self.process:  # a forked worker, which its pool ends by SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.received = signal.Signals(number).name
+        if not self.training:
+            print(f"stopped by {self.received} before the first update; start again as before", flush=True)
+            raise SystemExit(SAVED_ON_SIGNAL)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = True
 
     def on_step_end(self, args, state, control, **kwargs):
         stop = self.received is not None
@@ -266,9 +276,9 @@ class StopOnSignal(TrainerCallback):
                 f"stopped by a signal at step {step}, which is saved; start again with resume_from_checkpoint: auto",
                 flush=True,
             )
-        if place := os.environ.get("LAUNCH_EXIT_CODE"):
-            Path(place).write_text(str(SAVED_ON_SIGNAL))  # for launch.sh: accelerate makes a 1 of every code
-        os._exit(SAVED_ON_SIGNAL)
+        if run := getattr(sys.modules.get("wandb"), "run", None):
+            run.finish(exit_code=SAVED_ON_SIGNAL)
+        leave(SAVED_ON_SIGNAL)
 
 
 def _numbered(output_dir: Path) -> list[Path]:
@@ -305,17 +315,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _disk_is_full(error: Exception, folder: Path) -> bool:
-    """
-    Whether a save failed for want of room. safetensors and torch wrap the system's error in their own (torch says
-    "unexpected pos 1249856 vs 1249744"), so the room that is left is asked too.
-    """
-    codes = {errno.ENOSPC, errno.EDQUOT}
-    if getattr(error, "errno", None) in codes or "No space left" in str(error) or "unexpected pos" in str(error):
-        return True
-    return shutil.disk_usage(folder).free < 1 << 20
 
 
 def _last_line(error: Exception) -> str:

@@ -26,14 +26,15 @@ def main() -> None:
     from pairs import prepare_pairs
     from parameters import lora_config, select_parameters
     from policy import load_model, open_cache, share_prefixes, verify_saved
-    from ranks import Watch, agree, rank
+    from ranks import agree, rank
     from results import finish, show_selection
     from tokens import load_tokenizer
     from trainer import ShiftedMarginTrainer, reference_gaps
+    from watch import Watch
 
-    watch = Watch()
-    if recipe.eval_datasets and not args.resume_from_checkpoint:
-        args.eval_on_start = True  # the "before" of every table
+    watch, stop = Watch(), StopOnSignal()
+    if recipe.eval_datasets:
+        args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
     # ---------------------------------------------------------------- rows: load, select, tokenise, give margins
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
@@ -44,7 +45,8 @@ def main() -> None:
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:
         refuse_overlap(train.audit.rows, held_out.dataset, args.dataset_num_proc)  # also those that hygiene dropped
-    agree("rows", train.audit.digest)
+        agree("evaluation rows", held_out.digest)
+    agree("training rows", train.digest)
     if rank() == 0:
         show_selection(train, recipe.margin, args.beta)
         if held_out is not None:
@@ -57,7 +59,6 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the trainer
     live = not (args.precompute_ref_log_probs or resolved.model.use_peft or recipe.margin.reference_free)
-    stop = StopOnSignal()
     trainer = ShiftedMarginTrainer(
         model=model,
         ref_model=load_model(resolved.model) if live else None,

@@ -1,28 +1,79 @@
-"""The one exception that a user may see, and the wrapper that prints it as one line."""
+"""The one exception that a user may see, the wrapper that prints it as one line, and the exit codes of a run."""
 
+import errno
 import functools
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 USER_ERROR = 2  # exit code of a run that stops because of its input
+PEER_LOST = 70  # exit code of a rank that stops because another one is gone
+SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal, saved; start it again to go on
 
 
 class RecipeError(ValueError):
-    """Something the user can mend. The message says what is wrong, where (file, row, key) and what to do."""
+    """
+    Something the user can mend. The message says what is wrong, where (file, row, key) and what to do.
+
+    Args:
+        message: one line.
+        everywhere: all ranks raise it together, so that one line on each node is enough.
+    """
+
+    def __init__(self, message: str, everywhere: bool = False) -> None:
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
-    """Turn a `RecipeError` into one line on stderr and exit code 2; every other exception stays a traceback."""
+    """
+    Turn a `RecipeError`, or a full disk, into one line on stderr and exit code 2, and `SystemExit` into its code;
+    every other exception stays a traceback.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
         try:
             main()
-        except RecipeError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.stdout.flush()
-            # Threads and process groups of a half-started run must not outlive the message or print over it.
-            os._exit(USER_ERROR)
+        except SystemExit as stop:
+            leave(stop.code or 0)
+        except Exception as error:
+            told = error if isinstance(error, RecipeError) else full_disk(error)
+            if told is None:
+                if "RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "Connection ")):
+                    time.sleep(10)  # `watch.Watch` tells in the meantime which rank is gone, and ends this one
+                raise
+            if told.everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(1)  # or the launcher might end the rank that prints it before it has
+            else:
+                print(f"error: {told}", file=sys.stderr, flush=True)
+            leave(USER_ERROR)
 
     return wrapped
+
+
+def leave(code: int) -> NoReturn:
+    """End the process at once: threads and process groups of a half-started run must not outlive or hang it."""
+    place = os.environ.get("LAUNCH_EXIT_CODE")  # for launch.sh: accelerate makes a 1 of every code
+    if code and place and not (Path(place).is_file() and Path(place).read_text()):  # the first to stop is the cause
+        Path(place).write_text(str(code))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def full_disk(error: Exception) -> RecipeError | None:
+    """
+    What to tell of an exception that a full disk caused, None if it has another cause. safetensors and torch wrap the
+    system's error in their own (torch says "unexpected pos 1249856 vs 1249744").
+    """
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    if not full and not any(words in str(error) for words in ("No space left", "quota exceeded", "unexpected pos")):
+        return None
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return RecipeError(
+        f"a disk of {socket.gethostname()} is full ({line}); make room and go on by resume_from_checkpoint: auto"
+    )

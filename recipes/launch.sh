@@ -14,7 +14,8 @@
 #   START_SECONDS       how long a node waits for the others to start (50)
 #
 # SIGTERM and SIGUSR1 save a checkpoint and stop: exit code 75, start again with resume_from_checkpoint: auto. Any other
-# code but 0 is a failure; a node that fails ends the others within a minute.
+# code but 0 is a failure (2: an error line says what to mend; 70: another node is gone); a node that fails ends the
+# others within a minute.
 set -euo pipefail
 
 fail() {
@@ -72,21 +73,32 @@ if [ "$number" -gt 1 ] && [ "$(setting distributed_type)" = DEEPSPEED ]; then
     [ "$(setting deepspeed_multinode_launcher)" = standard ] ||
         fail "$config: over several nodes it needs deepspeed_multinode_launcher: standard; take zero3-nodes.yaml"
 fi
+# What torch's launcher would try again for minutes, or explain in sixty lines.
+first=${nodes[0]}
+if [ "$number" -gt 1 ]; then
+    getent ahosts "$first" >/dev/null || fail "the first of NODES, $first, is no name that $(hostname) knows; correct NODES"
+    answer=$([ "$NODE_RANK" -eq 0 ] || LC_ALL=C timeout 5 bash -c "</dev/tcp/$first/$port" 2>&1 || true)
+    [[ ! $answer =~ (No route|unreachable) ]] || fail "no way from $(hostname) to the first of NODES, $first (${answer##*: })"
+fi
+if [ "$NODE_RANK" -eq 0 ] && [ $((number * processes)) -gt 1 ] && (: </dev/tcp/"$first"/"$port") 2>/dev/null; then
+    fail "port $port of $first is taken; set PORT to another, the same on every node"
+fi
 # torch's launcher would give each process one thread, which starves an optimizer on the CPU.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
 echo "node $NODE_RANK of $number ($(hostname)): $processes processes, $((number * processes)) in all, at ${nodes[0]}:$port"
 
 # ---------------------------------------------------------------- start it, pass signals on, end all of it together
-export LAUNCH_EXIT_CODE # where a process that was stopped by a signal leaves its code: accelerate makes a 1 of all
-LAUNCH_EXIT_CODE=$(mktemp)
+export LAUNCH_EXIT_CODE # a file that processes make when they start, and leave their code in: accelerate makes a 1 of all
+LAUNCH_EXIT_CODE=$(mktemp --dry-run)
 guard=()
 command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this script is killed, what it started ends
 # A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
 # to end, too few to save a large model.
-setsid "${guard[@]}" "$accelerate" launch --config_file "$config" --num_machines "$number" \
+export START_SECONDS=${START_SECONDS:-50}
+setsid "${guard[@]}" "$accelerate" launch --quiet --config_file "$config" --num_machines "$number" \
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
-    --main_process_port "$port" --rdzv_conf "timeout=${START_SECONDS:-50}" "$@" &
+    --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!
 trap 'pkill -USR1 -P $launcher || kill -TERM $launcher 2>/dev/null || true' TERM USR1
 trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP
@@ -96,6 +108,9 @@ while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break # else: `wait` was interrupted by a signal
 done
+if [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
+    fail "the nodes (${nodes[*]}) did not meet at $first:$port in $START_SECONDS s; start the same command on each of them"
+fi
 [ ! -s "$LAUNCH_EXIT_CODE" ] || status=$(cat "$LAUNCH_EXIT_CODE")
 rm -f "$LAUNCH_EXIT_CODE"
 [ "$status" -eq 0 ] || echo "node $NODE_RANK of $number ($(hostname)) ended with exit code $status" >&2

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
@@ -13,7 +14,8 @@ from audit import Audit
 from buffer import select_rows
 from margins import margin_warnings, pair_classes, row_margins
 from preferences import load_preferences
-from tokens import end_token_notice, render, template_digest, tokenize_rows, with_system_message
+from ranks import caches_in_turn
+from tokens import end_token_notice, ids_digest, render, template_digest, tokenize_rows, with_system_message
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Pairs:
         rows = self.dataset.select(range(min(count, len(self.dataset))))
         return [row["prompt_ids"] + row[answer] for row in rows for answer in ("chosen_ids", "rejected_ids")]
 
+    def digest(self) -> str:
+        """Of all that training reads, in its order: the tokens, margins and roles, and the ids that messages name."""
+        tokens = ids_digest(self.dataset, ["prompt_ids", "chosen_ids", "rejected_ids"])
+        numbers = np.stack([self.margins, self.classes, self.is_buffer]).tobytes()
+        return xxhash.xxh3_128_hexdigest(numbers + (tokens + self.audit.digest).encode())
+
 
 def prepare_pairs(
     entries: list[DatasetEntry],
@@ -54,7 +62,7 @@ def prepare_pairs(
     evaluation: bool = False,
 ) -> Pairs:
     """
-    Every rank gets the same rows: rank 0 computes them, the others read its caches.
+    Every rank gets the same rows: the first computes them, the others read its caches (`ranks.caches_in_turn`).
 
     Args:
         entries: the recipe's `datasets` or `eval_datasets`.
@@ -70,7 +78,7 @@ def prepare_pairs(
     settings, max_length, num_proc = recipe.selection, args.max_length, args.dataset_num_proc
     seed = args.seed if settings.seed is None else settings.seed
 
-    by_reference = settings.score is not None and settings.score.signal == "reference_gap"
+    by_reference = not evaluation and settings.score is not None and settings.score.signal == "reference_gap"
 
     def count_prompt_tokens(prompts: list[list[dict]]) -> list[int]:
         conversations = [with_system_message(prompt, recipe.system_message) for prompt in prompts]
@@ -79,22 +87,27 @@ def prepare_pairs(
     def tokenize(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
         return tokenize_rows(rows, tokenizer, max_length, recipe.system_message, num_proc)
 
-    rows, bad_rows = load_preferences(entries, seed, num_proc)
-    kept, audit = select_rows(
-        rows,
-        settings,
-        seed=seed,
-        max_length=max_length,
-        count_prompt_tokens=None if tokenizer is None else count_prompt_tokens,
-        eval_prompts=None if held_out is None else held_out.dataset["prompt"],
-        reference_gap=lambda rows: reference_gaps(tokenize(rows)[0]),
-        hygiene_only=evaluation,
-        num_proc=num_proc,
-        bad_rows=bad_rows,
-        # Decisions that the reference model took are not kept: its weights are no part of this key.
-        cache_key=None if by_reference or tokenizer is None else template_digest(tokenizer, recipe.system_message),
-    )
-    tokenized, cut = (kept, {}) if tokenizer is None else tokenize(kept)
+    rows, bad_rows = caches_in_turn(lambda: load_preferences(entries, seed, num_proc))
+
+    def select() -> tuple[Dataset, Audit]:
+        return select_rows(
+            rows,
+            settings,
+            seed=seed,
+            max_length=max_length,
+            count_prompt_tokens=None if tokenizer is None else count_prompt_tokens,
+            eval_prompts=None if held_out is None else held_out.dataset["prompt"],
+            reference_gap=lambda rows: reference_gaps(tokenize(rows)[0]),
+            hygiene_only=evaluation,
+            num_proc=num_proc,
+            bad_rows=bad_rows,
+            # Decisions that the reference model took are not kept: its weights are no part of this key.
+            cache_key=None if by_reference or tokenizer is None else template_digest(tokenizer, recipe.system_message),
+        )
+
+    # The reference model's pass is work of all ranks at once.
+    kept, audit = select() if by_reference else caches_in_turn(select)
+    tokenized, cut = (kept, {}) if tokenizer is None else caches_in_turn(lambda: tokenize(kept))
     values = row_margins(tokenized, recipe.margin)
     warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")
     notice = None if tokenizer is None else end_token_notice(tokenized, tokenizer, max_length)

@@ -1,12 +1,10 @@
-"""What the processes of a run do together: start, decide once for all, agree, and notice when one is gone."""
+"""What the processes of a run do together: start, decide once for all, take turns, and agree."""
 
-import contextlib
 import hashlib
 import json
 import os
 import socket
-import sys
-import threading
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -16,15 +14,14 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
+import yaml
 
-from errors import RecipeError
+from errors import RecipeError, full_disk
 from runs import flatten
 
 Result = TypeVar("Result")
 
-BEAT_SECONDS = 3.0
-LOST_SECONDS = 40.0  # so that a lost node ends the job within a minute everywhere
-PEER_LOST = 70  # exit code of a rank that stops because another one is gone
+START_SECONDS = 50.0  # how long a rank waits for the others to start, unless the environment says otherwise
 
 
 def rank() -> int:
@@ -37,7 +34,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(timeout: float = 1800.0) -> None:
+def join_processes(timeout: float = 1800.0, fault: str | None = None) -> None:
     """
     Form the process group before anything else is done; a single process does nothing.
 
@@ -47,9 +44,10 @@ def join_processes(timeout: float = 1800.0) -> None:
 
     Args:
         timeout: seconds that a collective may wait for the slowest rank; `ddp_timeout` of the recipe.
+        fault: what stops this rank, e.g. its recipe: told to the others, which would wait for it in vain.
 
     Raises:
-        RecipeError: the ranks did not find each other.
+        RecipeError: the ranks did not find each other within START_SECONDS, or one of them has a fault.
     """
     if world_size() == 1 or dist.is_initialized():
         return
@@ -57,20 +55,64 @@ def join_processes(timeout: float = 1800.0) -> None:
     gpus = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    wait = timedelta(seconds=min(timeout, float(os.environ.get("START_SECONDS", START_SECONDS))))
     try:
         # gloo binds to what the host's own name resolves to: often 127.0.0.1, which other nodes cannot reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface_towards(master))
-        dist.init_process_group("cuda:nccl,cpu:gloo" if gpus else "gloo", timeout=timedelta(seconds=timeout))
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=wait)))
+        # The launcher keeps its store when it starts the processes again.
+        store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        _call_roll(dist.PrefixStore("roll", store), wait, fault)
+        store.set_timeout(timedelta(seconds=timeout))
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if gpus else "gloo",
+            store=store,
+            rank=rank(),
+            world_size=world_size(),
+            timeout=timedelta(seconds=timeout),
+        )
         dist.barrier()
+    except RecipeError:
+        raise
     except (OSError, RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise RecipeError(
             f"rank {rank()} of {world_size()} on {socket.gethostname()} could not join the others at "
             f"{master}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}. Check that every node was started with "
             "the same number of machines and processes and can reach that address"
         ) from error
-    # Launchers that were given different numbers meet all the same, and train as a world of neither's size.
-    agree("number of processes per node", os.environ["LOCAL_WORLD_SIZE"])
     agree("number of processes", world_size())
+
+
+def _call_roll(store: dist.Store, wait: timedelta, fault: str | None) -> None:
+    """Every rank says that it is there, or what stops it, and hears what the others say."""
+    everyone = [str(index) for index in range(world_size())]
+    store.set(str(rank()), json.dumps([socket.gethostname(), os.environ["LOCAL_WORLD_SIZE"], fault]))
+    try:
+        store.wait(everyone, wait)
+    except RuntimeError as error:
+        absent = [name for name in everyone if not store.check([name])]
+        raise RecipeError(
+            f"rank {rank()} of {world_size()} on {socket.gethostname()}: rank {', '.join(absent)} did not start "
+            f"within {wait.total_seconds():.0f} s; the output of its node says why. Where starting takes longer, set "
+            "START_SECONDS"
+        ) from error
+    said = [json.loads(store.get(name)) for name in everyone]
+    store.add("heard", 1)
+    until = time.monotonic() + 5
+    # The store may be rank 0's own, so it must not leave before all have heard.
+    while rank() == 0 and store.add("heard", 0) < world_size() and time.monotonic() < until:
+        time.sleep(0.02)
+    hosts, sizes, faults = zip(*said, strict=True)
+    if len(set(sizes)) > 1:
+        # Launchers that were given different numbers meet all the same, and train as a world of neither's size.
+        each = ", ".join(sorted({f"{host} {size}" for host, size in zip(hosts, sizes, strict=True)}))
+        raise RecipeError(
+            f"the nodes do not have the same number of processes: {each}; start all alike", everywhere=True
+        )
+    index = next((index for index, text in enumerate(faults) if text), None)
+    if index is not None:
+        who = "" if len(set(faults)) == 1 else f"rank {index} on {hosts[index]} cannot start: "
+        raise RecipeError(who + faults[index], everywhere=True)
 
 
 def first_rank_decides(function: Callable[[], Result]) -> Result:
@@ -85,18 +127,42 @@ def first_rank_decides(function: Callable[[], Result]) -> Result:
     if rank() == 0:
         try:
             outcome = ["result", function()]
-        except RecipeError as error:
-            outcome = ["refused", str(error)]
         except Exception as error:
-            traceback.print_exc()
-            outcome = ["failed", f"{type(error).__name__}: {_first_line(error)}"]
+            told = error if isinstance(error, RecipeError) else full_disk(error)
+            if told is None:
+                traceback.print_exc()
+            outcome = ["refused", str(told or f"rank 0 failed: {type(error).__name__}: {_first_line(error)}")]
     dist.broadcast_object_list(outcome, src=0)
     kind, value = outcome
     if kind == "refused":
-        raise RecipeError(value)
-    if kind == "failed":
-        raise RecipeError(f"rank 0 failed: {value}")
+        raise RecipeError(value, everywhere=True)
     return value
+
+
+def caches_in_turn(work: Callable[[], Result]) -> Result:
+    """
+    Run `work`, which leaves its result in a cache on disk, on every rank: rank 0 first, then the first rank of each
+    other node, then all the rest. So it is computed once where the disk is shared, and once a node where it is not.
+
+    Raises:
+        RecipeError: on every rank, what the first that failed says.
+    """
+    if not dist.is_initialized():
+        return work()
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    result = None
+    for now in range(3):
+        fault = None
+        if now == turn:
+            try:
+                result = work()
+            except RecipeError as error:
+                fault = str(error)
+        faults: list[Any] = [None] * world_size()
+        dist.all_gather_object(faults, fault)
+        for told in filter(None, faults):
+            raise RecipeError(told, everywhere=True)
+    return result
 
 
 def agree(name: str, value: Any) -> None:
@@ -105,13 +171,15 @@ def agree(name: str, value: Any) -> None:
 
     Args:
         name: what it is, for the message.
-        value: anything that JSON can hold; a mapping is compared key by key, nested ones under dotted keys.
+        value: anything that JSON can hold, or a function that gives it, which a single process does not call; a
+            mapping is compared key by key, nested ones under dotted keys.
 
     Raises:
         RecipeError: on every rank, naming the ranks and hosts that differ from rank 0, and the keys.
     """
     if not dist.is_initialized():
         return
+    value = value() if callable(value) else value
     parts = {key: _digest(part) for key, part in flatten(value).items()} if isinstance(value, dict) else _digest(value)
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, (socket.gethostname(), parts))
@@ -124,7 +192,10 @@ def agree(name: str, value: Any) -> None:
     if isinstance(expected, dict):
         theirs = everyone[others[0]][1]
         keys = " in " + ", ".join(key for key in sorted({*expected, *theirs}) if expected.get(key) != theirs.get(key))
-    raise RecipeError(f"the ranks do not have the same {name}: {who} differ from rank 0{keys}; start every node alike")
+    raise RecipeError(
+        f"the ranks do not have the same {name}: {who} differ from rank 0{keys}; start every node alike",
+        everywhere=True,
+    )
 
 
 def check_world(num_processes: int | None, deepspeed: bool | None = None) -> None:
@@ -134,7 +205,7 @@ def check_world(num_processes: int | None, deepspeed: bool | None = None) -> Non
 
     Args:
         num_processes: processes on all nodes together; None: any number.
-        deepspeed: whether the launch configuration is one of DeepSpeed; None: either.
+        deepspeed: whether the launch configuration is one of DeepSpeed; None: not known.
 
     Raises:
         RecipeError: they differ.
@@ -144,16 +215,25 @@ def check_world(num_processes: int | None, deepspeed: bool | None = None) -> Non
         raise RecipeError(
             f"the recipe is for num_processes: {num_processes}, but {started} started; launch it with "
             f"`accelerate launch --num_processes {num_processes}` and a config file of accelerate_configs/ that has "
-            "them (without --cpu, which starts a single process), or set num_processes in the recipe"
+            "them (without --cpu, which starts a single process), or set num_processes in the recipe",
+            everywhere=True,
         )
-    active = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if deepspeed is not None and active != deepspeed:
+    if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         raise RecipeError(
-            "the recipe expects DeepSpeed, but the launcher did not start it; launch with a config file whose "
-            "distributed_type is DEEPSPEED and without --cpu"
-            if deepspeed
-            else "the recipe is not for DeepSpeed, but the launcher started it; use another config file"
+            "the launch config is one of DeepSpeed, but the launcher did not start it; launch without --cpu (a config "
+            "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml",
+            everywhere=True,
         )
+
+
+def deepspeed_is_asked_for() -> bool | None:
+    """Whether the config file of the `accelerate launch` above this process is one of DeepSpeed; None: not known."""
+    try:
+        command = psutil.Process().parent().cmdline()
+        config = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
+        return config["distributed_type"] == "DEEPSPEED" if "launch" in " ".join(command) else None
+    except (psutil.Error, OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+        return None
 
 
 def check_shared_folder(folder: str | Path) -> None:
@@ -177,85 +257,9 @@ def check_shared_folder(folder: str | Path) -> None:
     if hosts:
         raise RecipeError(
             f"output_dir {folder}: {', '.join(hosts)} cannot see what the first node writes there; put it on a disk "
-            "that all nodes share"
+            "that all nodes share",
+            everywhere=True,
         )
-
-
-class Watch:
-    """
-    A pulse between rank 0 and every other, so that a node that hangs or cannot be reached ends the run everywhere.
-
-    A process that dies closes its connections and its peers fail at once, but one that is frozen, or behind a dead
-    link, leaves them waiting until the timeout of the collective (half an hour). Call `stop` when the work is done.
-    """
-
-    def __init__(self, lost_after: float = LOST_SECONDS) -> None:
-        self.lost_after = lost_after
-        self.done = threading.Event()
-        self.links: list[socket.socket] = []
-        if not dist.is_initialized():
-            return
-        # Sockets of our own: a read from torch's TCPStore has no timeout once its server stands still.
-        server = _listen() if rank() == 0 else None
-        port = [server.getsockname()[1] if server else None]
-        dist.broadcast_object_list(port, src=0)
-        if server:
-            self._start(self._accept, server)
-        else:
-            link = socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=self.lost_after)
-            self._send(link, f"rank {rank()} on {socket.gethostname()}")
-            self.links.append(link)
-            self._start(self._follow, link, "rank 0")
-        self._start(self._beat)
-
-    def stop(self) -> None:
-        """Wait for all ranks, then watch no more."""
-        if dist.is_initialized():
-            dist.barrier()
-        self.done.set()
-
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-
-    def _accept(self, server: socket.socket) -> None:
-        while True:
-            link, _ = server.accept()
-            link.settimeout(self.lost_after)
-            self.links.append(link)
-            self._start(self._follow, link, None)
-
-    def _beat(self) -> None:
-        while not self.done.wait(BEAT_SECONDS):
-            for link in list(self.links):
-                self._send(link, "")
-
-    def _follow(self, link: socket.socket, peer: str | None) -> None:
-        """Read a peer's lines: its name if it is not known yet, empty ones as pulse, and any other as the end."""
-        lines = link.makefile()
-        verdict = None
-        while verdict is None:
-            try:
-                line = lines.readline()
-            except OSError:  # the timeout is one
-                verdict = f"{peer or 'a rank'} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
-                break
-            if not line:
-                verdict = f"{peer or 'a rank'} has ended; its own output says why"
-            elif peer is None:
-                peer = line.strip()
-            else:
-                verdict = line.strip() or None
-        if self.done.wait(BEAT_SECONDS):
-            return  # the peer has ended because all is done
-        for other in self.links:
-            self._send(other, verdict)
-        print(f"error: rank {rank()} on {socket.gethostname()} stops: {verdict}", file=sys.stderr, flush=True)
-        os._exit(PEER_LOST)
-
-    @staticmethod
-    def _send(link: socket.socket, line: str) -> None:
-        with contextlib.suppress(OSError):  # whoever reads from this link tells what is wrong with it
-            link.sendall(f"{line}\n".encode())
 
 
 def _digest(value: Any) -> str:
@@ -264,12 +268,6 @@ def _digest(value: Any) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))
 
 
 def _interface_towards(host: str) -> str:

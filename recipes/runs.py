@@ -36,7 +36,7 @@ MAY_CHANGE = {
     "logging_strategy", "logging_first_step", "logging_dir", "log_level", "disable_tqdm", "save_steps",
     "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "dataset_num_proc",
     "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs",
+    "gradient_checkpointing_kwargs", "reference_cache",
 }  # fmt: skip
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
@@ -55,6 +55,8 @@ def prepare_environment() -> None:
         # Every process would take all cores: eight steps took 15.5 s instead of 0.6 s on a busy machine.
         share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
+    if place := os.environ.get("LAUNCH_EXIT_CODE"):
+        Path(place).touch()  # tells launch.sh that the nodes have met; `errors.leave` writes into it
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # Started by `accelerate launch`: if that is killed, this process would train on unseen. It gets SIGTERM
         # instead, on which it saves and stops.

@@ -1,9 +1,11 @@
 """The opening of a run, the same for every script: recipe, network, ranks, model path and output folder."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arguments import DatasetEntry
+from errors import RecipeError
 from parsing import Kind, Resolved, build, resolve, save_recipe
 from runs import (
     check_model_path,
@@ -26,18 +28,25 @@ def open_run(kind: Kind) -> Resolved:
     Raises:
         RecipeError: on every rank, whichever found the fault.
     """
-    settings = resolve(kind)
+    try:
+        settings = resolve(kind)
+    except RecipeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from ranks import join_processes
+
+            join_processes(fault=str(error))  # tells the other ranks, which may have another recipe, and raises
+        raise
     values = settings.values
     entries: list[DatasetEntry] = [*settings.recipe.datasets, *settings.recipe.eval_datasets]
     models = [values["model_name_or_path"], values.get("reference_model"), values.get("chat_template_path")]
     go_offline_if_local([*models, *(entry.path for entry in entries)])
 
     # torch takes seconds to import: a misspelt key is told before.
-    from ranks import agree, check_world, first_rank_decides, join_processes, rank
+    from ranks import agree, check_world, deepspeed_is_asked_for, first_rank_decides, join_processes, rank
 
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
-    check_world(settings.recipe.num_processes)
+    check_world(settings.recipe.num_processes, deepspeed_is_asked_for())
     agree("recipe", values)
     agree("versions", versions())
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))

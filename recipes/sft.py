@@ -23,20 +23,22 @@ def main() -> None:
     from parameters import lora_config, select_parameters
     from policy import load_model, verify_saved
     from preferences import load_conversations
-    from ranks import Watch, rank
+    from ranks import agree, caches_in_turn, rank
     from results import finish_sft, show_lengths
-    from tokens import lead_with, load_tokenizer, template_errors
+    from tokens import ids_digest, lead_with, load_tokenizer, template_errors
     from trainer import ConversationTrainer
+    from watch import Watch
 
-    watch = Watch()
+    watch, stop = Watch(), StopOnSignal()
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
-    train = lead_with(recipe.system_message, load_conversations(recipe.datasets, args.seed, args.dataset_num_proc))
-    held_out = None
-    if recipe.eval_datasets:
-        held_out = load_conversations(recipe.eval_datasets, args.seed, args.dataset_num_proc)
-        held_out = lead_with(recipe.system_message, held_out)
+
+    def conversations(entries):
+        return lead_with(recipe.system_message, load_conversations(entries, args.seed, args.dataset_num_proc))
+
+    train = caches_in_turn(lambda: conversations(recipe.datasets))
+    held_out = caches_in_turn(lambda: conversations(recipe.eval_datasets)) if recipe.eval_datasets else None
 
     # ---------------------------------------------------------------- the model, and what of it is trained
     model = load_model(resolved.model)
@@ -44,7 +46,6 @@ def main() -> None:
     check_room(model, resolved, len(train))
 
     # ---------------------------------------------------------------- train, save, prove what was saved, report
-    stop = StopOnSignal()
     with template_errors():  # TRL renders the conversations
         trainer = ConversationTrainer(
             model=model,
@@ -55,6 +56,7 @@ def main() -> None:
             peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
             callbacks=[stop],
         )
+    agree("conversations", lambda: ids_digest(trainer.train_dataset, ["input_ids"]))
     if rank() == 0:
         show_lengths(trainer, len(train))
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

@@ -160,6 +160,17 @@ def tokenize_rows(
     return tokenized.remove_columns(["chosen_cut", "rejected_cut"]), counts
 
 
+def ids_digest(rows: Dataset, columns: list[str]) -> str:
+    """A digest of the token ids of some columns, row by row in their order: what ranks compare."""
+    digest = xxhash.xxh3_128()
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=4096):
+        for name in columns:
+            ids = table[name].combine_chunks()
+            for part in (ids.value_lengths(), ids.flatten()):
+                digest.update(part.to_numpy(zero_copy_only=False).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 def end_token_notice(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> str | None:
     """A warning where the template ends an answer with no end-of-text token, or with several; else None."""
     for row in rows:

@@ -26,7 +26,7 @@ from reference import ReferenceCache, reference_logps
 from replay import EpochCallback, ReplaySampler
 from report import LogLine, MetricsFile
 from throughput import Throughput
-from tripwires import Tripwires, check_first_loss
+from tripwires import Tripwires, check_first_loss, draws_dropout
 
 TRAINING_COLUMNS = [
     "row",
@@ -190,7 +190,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         delta = chosen_logratios - rejected_logratios
         losses = shifted_margin_loss(delta, inputs["margin"], **link_settings(self.margin, self.beta))
 
-        if self.model.training and self.state.global_step == 0 and not self.margin.reference_free:
+        first = self.model.training and self.state.global_step == 0
+        if first and not self.margin.reference_free and not draws_dropout(self.model):
             gap = policy.chosen_logps - ref_chosen_logps - (policy.rejected_logps - ref_rejected_logps)
             tokens = policy.chosen_tokens + policy.rejected_tokens
             link = link_settings(self.margin, self.beta)

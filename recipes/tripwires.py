@@ -171,7 +171,7 @@ def check_first_loss(
     """
     Before the first update the policy is the reference, so each loss is its link's value at Δ = 0. With another
     reference (an adapter on the wrong base, cached log-probabilities of other weights) it is not. For every
-    micro-batch of a fresh run's first update, unless the loss has no reference.
+    micro-batch of a fresh run's first update, unless the loss has no reference or the forward pass has dropout.
 
     Args:
         losses: loss of each pair. Shape: (B,).
@@ -193,6 +193,14 @@ def check_first_loss(
         f"Δ = 0: policy and reference differ by up to {gap.abs().max().item():.3g} nats before the first update, "
         "so the reference is not the model that is trained; check model_name_or_path and adapters, and empty "
         "reference_cache"
+    )
+
+
+def draws_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in training is a random one, so that the first loss is the link's value but roughly."""
+    return any(
+        isinstance(module, nn.Dropout) and module.p > 0 or getattr(module, "attention_dropout", 0) > 0
+        for module in model.modules()
     )
 
 

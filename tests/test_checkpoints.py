@@ -1,19 +1,22 @@
 """Runs that are killed, damaged, stopped and resumed: each ends with the weights and losses of one that was not."""
 
+import errno
 import json
 import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints import MANIFEST, SAVED_ON_SIGNAL, check_fits, checkpoint_to_resume, damage, newest_complete, seal
-from errors import USER_ERROR, RecipeError
+from checkpoints import MANIFEST, StopOnSignal, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
 
 
@@ -214,6 +217,71 @@ def test_sigterm_saves_and_exits_with_its_own_code(unbroken, tmp_path):
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert launch(Options(str(tmp_path), resume="auto")) == [0]
     assert assert_same_run(tmp_path, unbroken) == str(tmp_path / "checkpoint-3")
+
+
+def in_fork(work, tmp_path) -> tuple[int, str]:
+    """Exit code and output of `work` in a process of its own."""
+    log = tmp_path / "log"
+    child = os.fork()
+    if child == 0:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
+        exits_cleanly(work)()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
+
+
+def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_one(tmp_path, monkeypatch):
+    """In a reference pass: what it has in hand is kept, since the exit passes through its `finally`."""
+    (tmp_path / "code").touch()
+    monkeypatch.setenv("LAUNCH_EXIT_CODE", str(tmp_path / "code"))
+
+    def reference_pass():
+        StopOnSignal()
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        finally:
+            (tmp_path / "flushed").touch()
+
+    code, output = in_fork(reference_pass, tmp_path)
+    assert code == SAVED_ON_SIGNAL and (tmp_path / "flushed").exists()
+    assert output == "stopped by SIGUSR1 before the first update; start again as before\n"
+    assert (tmp_path / "code").read_text() == "75", "what launch.sh ends with"
+
+
+def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
+    """datasets ends its workers by SIGTERM; they inherit the handler, and must not speak for the run."""
+
+    def pool():
+        StopOnSignal()
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(30)
+            os._exit(0)
+        os.kill(worker, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
+
+    assert in_fork(pool, tmp_path) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors
+        RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 1249856 vs 1249744"),  # torch
+    ],
+)
+def test_a_full_disk_is_one_line_wherever_it_shows(error, tmp_path):
+    def write():
+        raise error
+
+    code, output = in_fork(write, tmp_path)
+    assert code == USER_ERROR
+    assert re.fullmatch(r"error: a disk of \S+ is full \(.*\); make room and go on by resume.*\n", output)
 
 
 def can_mount() -> bool:

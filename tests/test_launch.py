@@ -1,17 +1,12 @@
 """The launch configurations are what the pinned accelerate accepts; the launchers derive the settings of each node."""
 
-import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -19,9 +14,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from checkpoints import newest_complete
+from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, nodes_of_two
 from tiny_run import outcome
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 
 
@@ -62,7 +57,6 @@ def test_the_launcher_arrives_at_what_the_file_says(config):
 
 # ---------------------------------------------------------------------------------------------------- launch.sh
 
-LAUNCH = ROOT / "recipes" / "launch.sh"
 CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_configs" / "zero3-nodes.yaml"
 
 
@@ -76,6 +70,7 @@ def stand_ins(tmp_path) -> Path:
         "accelerate": 'echo "$@"',
         "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
         "hostname": "echo gpu-b",
+        "getent": "[[ $2 != *.invalid ]]",
         "scontrol": '[ "$1" = show ] && { echo gpu-a; echo gpu-b; } || echo "scontrol $*"',
         "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
     }
@@ -101,7 +96,7 @@ def start(
 def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
     """The options that the stand-in for accelerate was given."""
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split("launch ")[1].split()
+    words = done.stdout.split("launch --quiet ")[1].split()
     return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
 
 
@@ -162,6 +157,7 @@ def test_slurm_says_which_node_this_is(stand_ins):
         ("no.yaml", "tests/tiny_run.py", {}, "no.yaml: no such launch config"),
         ("accelerate_configs/zero3.yaml", "tests/tiny_run.py", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
         (NODES, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
+        (NODES, "tests/tiny_run.py", {"NODES": "no.invalid gpu-b"}, "no.invalid, is no name that gpu-b knows"),
     ],
 )
 def test_what_cannot_start_is_told(config, script, environment, message, stand_ins):
@@ -182,66 +178,10 @@ def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
 # --------------------------------------------------------------------------------------------- real runs through it
 
 
-def allowed(*command: str) -> bool:
-    return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
-
-
-NAMESPACES = allowed("unshare", "-n", "true") and allowed("ip", "netns", "list")
-
-
 @pytest.fixture
 def two_nodes():
-    """Command prefix and environment of two nodes: network namespaces with a link, or two launchers on loopback."""
-    if not NAMESPACES:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            shared = {"NODES": "127.0.0.1 127.0.0.1", "PORT": str(probe.getsockname()[1])}
-        yield [([], shared | {"NODE_RANK": str(node)}) for node in range(2)]
-        return
-    name = f"n{os.getpid() % 10000}"
-    subnet = f"10.{os.getpid() % 250}.77"
-    commands = [f"ip netns add {name}a", f"ip netns add {name}b"]
-    commands += [f"ip link add {name}a netns {name}a type veth peer name {name}b netns {name}b"]
-    for number, side in enumerate("ab", start=1):
-        commands += [f"ip -n {name}{side} addr add {subnet}.{number}/24 dev {name}{side}"]
-        commands += [f"ip -n {name}{side} link set {link} up" for link in ("lo", f"{name}{side}")]
-    try:
-        for command in commands:
-            subprocess.run(command.split(), check=True)
-        nodes = {"NODES": f"{subnet}.1 {subnet}.2"}
-        yield [(["ip", "netns", "exec", f"{name}{side}"], nodes) for side in "ab"]
-    finally:
-        for side in "ab":
-            subprocess.run(["ip", "netns", "del", f"{name}{side}"], check=False)
-
-
-class Node:
-    """A node's launcher, started by the same command on each, and its output."""
-
-    def __init__(self, prefix: list[str], environment: dict[str, str], config: Path, **options) -> None:
-        slurm = [name for name in os.environ if name.startswith("SLURM_")]
-        env = {name: value for name, value in os.environ.items() if name not in slurm}
-        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
-        command = [*prefix, LAUNCH, config, "tests/tiny_run.py", json.dumps(options)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, env=env | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    def wait(self, seconds: float) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=seconds)
-        return self.process.returncode, output
-
-    def children(self) -> list[psutil.Process]:
-        """The training processes."""
-        descendants = psutil.Process(self.process.pid).children(recursive=True)
-        commands = [(child, child.cmdline()) for child in descendants]
-        return [child for child, words in commands if "tests/tiny_run.py" in words and "launch" not in words]
-
-    def kill(self) -> None:
-        for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        self.process.kill()
+    with nodes_of_two() as places:
+        yield places
 
 
 @pytest.fixture
@@ -249,20 +189,14 @@ def nodes():
     """Start nodes; whatever the test leaves running is killed."""
     started: list[Node] = []
 
-    def begin(*arguments, **options) -> Node:
-        started.append(Node(*arguments, **options))
+    def begin(prefix: list[str], environment: dict[str, str], config: Path, **options) -> Node:
+        arguments = ["tests/tiny_run.py", json.dumps(options)]
+        started.append(Node(prefix, environment | {"HF_HUB_OFFLINE": "1"}, config, arguments))
         return started[-1]
 
     yield begin
     for node in started:
         node.kill()
-
-
-def await_checkpoint(folder: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not list(folder.glob("checkpoint-*")):
-        assert time.monotonic() < deadline, "no checkpoint yet"
-        time.sleep(0.2)
 
 
 @pytest.mark.slow

@@ -6,12 +6,14 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 import ranks
-from errors import RecipeError
+import watch
+from errors import PEER_LOST, RecipeError
 from forked import run_ranks
 
 
@@ -56,6 +58,33 @@ def test_the_first_rank_decides_for_all(how, expected, tmp_path):
     assert os.listdir(tmp_path) == ["ran on 0"]
 
 
+def in_turn(rank: int, folder: str, faulty: int | None):
+    """Look which others have been here, then leave a trace."""
+
+    def work() -> list[str]:
+        if rank == faulty:
+            raise RecipeError("row 3: no answer")
+        time.sleep(0.2)
+        found = sorted(os.listdir(folder))
+        Path(folder, str(rank)).touch()
+        return found
+
+    os.environ["LOCAL_RANK"] = str(rank % 2)  # two nodes of two
+    return ranks.caches_in_turn(work)
+
+
+def test_caches_are_made_once_a_node_and_then_read(tmp_path):
+    """Ranks 0 and 1 are one node, 2 and 3 another: 0 is first, then 2, then both others."""
+    found = run_ranks(4, joined, in_turn, str(tmp_path), None)
+    assert found[0] == [] and found[2] == ["0"]
+    assert all({"0", "2"} <= set(seen) for seen in (found[1], found[3]))
+
+
+def test_what_one_rank_cannot_read_stops_all(tmp_path):
+    assert run_ranks(2, joined, in_turn, str(tmp_path), 0) == ["refused: row 3: no answer"] * 2
+    assert os.listdir(tmp_path) == [], "the others did not begin"
+
+
 def compare(rank: int, values: list):
     return ranks.agree("recipe", values[rank])
 
@@ -92,12 +121,10 @@ def test_the_world_is_the_one_of_the_recipe():
 
 
 def test_deepspeed_that_did_not_start(monkeypatch):
-    with pytest.raises(RecipeError, match="expects DeepSpeed, but the launcher did not start it"):
+    with pytest.raises(RecipeError, match="is one of DeepSpeed, but the launcher did not start it"):
         ranks.check_world(None, deepspeed=True)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     ranks.check_world(None, deepspeed=True)
-    with pytest.raises(RecipeError, match="not for DeepSpeed"):
-        ranks.check_world(None, deepspeed=False)
 
 
 def look(rank: int, folders: list[str]):
@@ -127,6 +154,57 @@ def test_a_master_that_is_not_there():
     assert run_ranks(1, alone)[0] < 15
 
 
+def start_with_fault(rank: int, faults: list[str | None]):
+    with pytest.raises(RecipeError) as refused:
+        ranks.join_processes(timeout=20, fault=faults[rank])
+    return str(refused.value), refused.value.everywhere
+
+
+def test_a_fault_of_one_rank_is_told_to_all_before_they_wait_for_it():
+    """Rank 1 has another recipe, which is wrong; and both have the same wrong one."""
+    begun = time.monotonic()
+    told = run_ranks(2, start_with_fault, [None, "my.yaml line 3: bta: unknown key"])
+    where = f"rank 1 on {socket.gethostname()} cannot start: my.yaml line 3: bta: unknown key"
+    assert told == [(where, True)] * 2
+    assert run_ranks(2, start_with_fault, ["bta: unknown key"] * 2) == [("bta: unknown key", True)] * 2
+    assert time.monotonic() - begun < 15
+
+
+def test_a_rank_that_never_starts_is_named(monkeypatch):
+    """Ranks 0 and 2 of 3 are there."""
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    store = ranks.dist.HashStore()
+    store.set("2", "there")
+    with pytest.raises(
+        RecipeError, match="rank 0 of 3 on .*: rank 1 did not start within 1 s; the output of its node"
+    ):
+        ranks._call_roll(store, timedelta(seconds=1), None)
+
+
+def test_start_seconds_bound_the_start_and_not_the_collectives():
+    def alone(rank: int):
+        os.environ |= {"WORLD_SIZE": "2", "START_SECONDS": "2"}
+        begun = time.monotonic()
+        with pytest.raises(RecipeError, match="rank 0 of 2 on .* could not join the others"):
+            ranks.join_processes(timeout=600)
+        return time.monotonic() - begun
+
+    assert run_ranks(1, alone)[0] < 15
+
+
+def sizes(rank: int):
+    os.environ["LOCAL_WORLD_SIZE"] = str(rank + 1)
+    return joined(rank, lambda rank: None)
+
+
+def test_nodes_of_other_sizes():
+    with pytest.raises(
+        AssertionError, match=f"not have the same number of processes: {socket.gethostname()} 1, .* 2;"
+    ):
+        run_ranks(2, sizes)
+
+
 def test_an_address_that_does_not_resolve():
     def lost(rank: int):
         os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "no-such-host.invalid"}
@@ -142,16 +220,16 @@ def watched(rank: int, port: int, victim: int, how: str) -> None:
     os.environ.update(
         {key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    ranks.BEAT_SECONDS = 0.2
+    watch.BEAT_SECONDS = 0.2
     ranks.join_processes(timeout=60)
-    watch = ranks.Watch(lost_after=2.0)
+    pulse = watch.Watch(lost_after=2.0)
     time.sleep(1)
     if rank == victim and how == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
     if rank == victim and how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "end":
-        watch.stop()
+        pulse.stop()
         time.sleep(rank)  # rank 0 is gone before rank 1
         os._exit(0)
     ranks.dist.barrier()  # waits for the victim until the timeout
@@ -174,7 +252,7 @@ def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
         if how == "end":
             assert survivor.exitcode == 0
         elif how == "freeze":
-            assert survivor.exitcode == ranks.PEER_LOST
+            assert survivor.exitcode == PEER_LOST
             name = "rank 0" if victim == 0 else f"rank 1 on {socket.gethostname()}"
             assert f"stops: {name} was not heard of for 2 s: frozen, or cut off" in capfd.readouterr().err
         else:
@@ -183,6 +261,15 @@ def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
         for process in both:
             process.kill()
             process.join()
+
+
+@pytest.mark.parametrize(("config", "asked"), [("zero3-cpu", True), ("cpu", False), ("gone", None)])
+def test_whether_the_launch_config_is_one_of_deepspeed(config, asked, monkeypatch):
+    path = Path(__file__).parents[1] / "accelerate_configs" / f"{config}.yaml"
+    launcher = ["python", "-m", "accelerate.commands.launch", "--cpu", "--config_file", str(path), "recipes/dpo.py"]
+    monkeypatch.setattr(ranks.psutil.Process, "parent", lambda process: process)
+    monkeypatch.setattr(ranks.psutil.Process, "cmdline", lambda process: launcher)
+    assert ranks.deepspeed_is_asked_for() is asked
 
 
 def test_flatten():

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 from conftest import build_model
 from errors import RecipeError
-from tripwires import Movement, Tripwires, check_first_loss
+from tripwires import Movement, Tripwires, check_first_loss, draws_dropout
 
 
 class GuardedTrainer(Tripwires, Trainer):
@@ -167,3 +167,11 @@ def test_first_loss_of_a_wrong_reference(link, margin, at_zero):
         check_first_loss(losses, margins, torch.tensor([0.5, -0.5]), tokens, link, torch.float32)
     # A NaN is left to the check that names its rows.
     check_first_loss(losses, margins, torch.tensor([float("nan"), 0.0]), tokens, link, torch.float32)
+
+
+def test_dropout_is_seen_wherever_it_is():
+    """Mistral's attention draws it by a setting; LoRA by a module of its own, of which 0 is none."""
+    assert not draws_dropout(build_model())
+    assert draws_dropout(build_model(attention_dropout=0.1))
+    assert draws_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)))
+    assert not draws_dropout(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)))

@@ -81,9 +81,10 @@ def run(options: Options) -> None:
     from checkpoints import CompleteCheckpoints, StopOnSignal, check_fits, checkpoint_to_resume, launched_as
     from conftest import build_model
     from errors import exits_cleanly
-    from ranks import Watch, join_processes, rank
+    from ranks import join_processes, rank
     from runs import spare_cpu_compile
     from tripwires import Tripwires
+    from watch import Watch
 
     torch.set_num_threads(1)
 

@@ -95,7 +95,7 @@ def free_folder(wanted: Path | None) -> Path:
 
 def launch(stage: str, accelerate_config: str, settings: dict[str, str | int | Path], overrides: Sequence[str] = ()):
     """Run a stage as a user would: `accelerate launch`, its YAML and overrides. If it fails, so does this process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", accelerate_config]
     command += [str(ROOT / "recipes" / f"{stage}.py"), "--config", str(RECIPES / f"{stage}.yaml")]
     code = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items()), *overrides]).returncode
     if code:

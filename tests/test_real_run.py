@@ -1,0 +1,96 @@
+"""Real runs, killed three times and resumed, split over two processes, and held against what they saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+from datasets import Dataset
+from trl import ModelConfig
+
+from conftest import build_model
+from errors import RecipeError
+from policy import verify_saved
+from real_run import REFERENCE, SAVE, TRAINING, Outcome, Start, difference, outcome, prepare, run
+from tokens import ids_digest
+
+SHORT = ["--max_steps", "5"]
+AUTO = [*SHORT, "--resume_from_checkpoint", "auto"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    return prepare(tmp_path_factory.mktemp("real-run"))
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe) -> Outcome:
+    done = run(Start(recipe.parent / "unbroken", SHORT), recipe)
+    assert done.codes == [0], done.output
+    return outcome(recipe.parent / "unbroken")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_is_the_run_that_was_not(recipe, unbroken):
+    """
+    In the reference pass; in the second micro-batch of an update; in the save of step 4. Each start goes on from what
+    the one before has left, with the same rows in the same order.
+    """
+    folder = recipe.parent / "killed"
+    for kill, step in [((REFERENCE, 3, 0.0), 0), ((TRAINING, 14, 0.0), 2), ((SAVE, 20, 0.0), 2)]:
+        done = run(Start(folder, AUTO, kill=kill), recipe)
+        assert done.codes == [-9], done.output
+        saved = [int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")]
+        assert max(saved, default=0) == step
+    done = run(Start(folder, AUTO), recipe)
+    assert done.codes == [0], done.output
+    found = outcome(folder)
+    assert len({update for _, update, _ in found.rows}) == 5
+    assert found.rows == unbroken.rows
+    assert difference(found, unbroken) == {"weights": 0, "losses": 0, "evaluation": 0, "rows": 0}
+
+
+@pytest.mark.slow
+def test_two_processes_under_zero3_are_one(recipe, unbroken):
+    """Losses, evaluation and weights to 1e-5, and what was saved loads again; the accumulation is half of one's."""
+    done = run(Start(recipe.parent / "split", SHORT, processes=2, zero_stage=3), recipe)
+    assert done.codes == [0, 0], done.output
+    found = difference(outcome(recipe.parent / "split"), unbroken)
+    assert max(found["weights"], found["losses"], found["evaluation"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_sft_under_zero3_proves_what_it_has_saved(recipe, tmp_path):
+    """The end of the run is behind the comparison of saved and trained log-probabilities."""
+    dpo = yaml.safe_load(recipe.read_text())
+    keys = ("model_name_or_path", "output_dir", "learning_rate", "max_length", "bf16", "use_cpu", "disable_tqdm")
+    columns = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
+    source = {"path": dpo["datasets"][0]["path"], "columns": columns}
+    sft = {key: dpo[key] for key in keys} | {"datasets": [source], "conversations_per_update": 8, "max_steps": 3}
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(sft | {"per_device_train_batch_size": 4, "save_steps": 2}))
+    done = run(Start(tmp_path / "run", script="sft", processes=2, zero_stage=3), path)
+    assert not any(done.codes), done.output
+    assert (tmp_path / "run" / "all_results.json").exists() and (tmp_path / "run" / "checkpoint-2").exists()
+
+
+def test_saved_weights_that_are_not_the_trained_ones_are_refused(tmp_path):
+    model = build_model()
+    model.save_pretrained(tmp_path)
+    rows = [[1, 5, 9, 7], [1, 8], [1, 6, 6, 6, 2]]
+    base = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
+    settings = (str(tmp_path), base, model, Accelerator(cpu=True), rows, 0)
+    assert verify_saved(*settings) < 1e-6
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight += 0.05
+    with pytest.raises(RecipeError, match="the saved weights, loaded again, give other log-probabilities"):
+        verify_saved(*settings)
+
+
+def test_ranks_compare_tokens_in_their_rows_and_order():
+    def digest(*rows: list[int]) -> str:
+        return ids_digest(Dataset.from_dict({"input_ids": list(rows)}), ["input_ids"])
+
+    assert digest([1, 2], [3]) == digest([1, 2], [3])
+    assert len({digest([1, 2], [3]), digest([1], [2, 3]), digest([3], [1, 2]), digest([1, 2], [4])}) == 4
