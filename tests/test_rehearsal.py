@@ -154,6 +154,8 @@ def test_losses_and_metrics_are_those_of_one_process(runs, stage):
         # An SFT evaluation's other numbers are TRL's, a mean over the batches of each rank.
         whole = kind == "eval" and stage == "dpo"
         names = [name for name in ours if name.endswith("loss") or whole and not TIMED.search(name)]
+        if ours["step"] == 0:  # Δ is 0 but for rounding, whose sign an accuracy would count
+            names = [name for name in names if "accurac" not in name]
         compared[kind] += len(names)
         for name in names:
             torch.testing.assert_close(theirs[name], ours[name], **TOLERANCE, msg=lambda m, name=name: f"{name}: {m}")

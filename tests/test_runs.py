@@ -242,7 +242,8 @@ def test_a_saved_model_passes(model_folder):
 
 
 @pytest.mark.parametrize("path", ["./runs/sft", "/no/such/model", "runs/quickstart/sft", "~/model"])
-def test_a_missing_folder(path):
+def test_a_missing_folder(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no earlier run has left a model
     with pytest.raises(RecipeError, match=f"model {path}: no such folder"):
         runs.check_model_path(path)
 
