@@ -9,7 +9,7 @@ ACCELERATE ?= accelerate_configs/cpu.yaml
 ARGS ?=
 VENV ?= .venv
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 ifdef PYTHON
 SETUP :=

@@ -131,3 +131,8 @@ def model_folder(tmp_path_factory, tokenizer) -> str:
     build_model().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quickstart first: it takes longest, and a process of the suite that met it last would leave the other idle."""
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")

@@ -385,13 +385,13 @@ def test_another_number_of_processes(unbroken_on_two, tmp_path):
 def test_kill_at_random_moments(stage, unbroken, unbroken_on_two, tmp_path):
     """
     Killed again and again, at moments drawn from the time that the run takes, until it comes through: 20 kills of a
-    single process, 10 of ZeRO-3 on two.
+    single process, 5 of ZeRO-3 on two (`make torture` makes it 10, and of recipes/dpo.py).
     """
     options = {} if stage == "single" else {"processes": 2, "zero_stage": 3, "accumulation": 1}
     reference = unbroken if stage == "single" else unbroken_on_two[3]
     moments = random.Random(1)
     kills, runs, seconds = 0, 0, 0.6 if stage == "single" else 1.2
-    while kills < (20 if stage == "single" else 10):
+    while kills < (20 if stage == "single" else 5):
         folder = tmp_path / str(runs)
         exits = launch(Options(str(folder), resume="auto", die_after=moments.uniform(0, seconds), **options))
         if exits[0] == -9:
