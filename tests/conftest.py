@@ -134,5 +134,5 @@ def model_folder(tmp_path_factory, tokenizer) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quickstart first: it takes longest, and met last by one process of the suite it would leave the other idle."""
+    """The quickstart first: it takes longest, and met last it would leave one of the suite's processes idle."""
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
