@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -228,8 +229,14 @@ def in_fork(work, tmp_path) -> tuple[int, str]:
         os.dup2(descriptor, 1), os.dup2(descriptor, 2)
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", closefd=False)
-        exits_cleanly(work)()
-        os._exit(0)
+        code = 1
+        try:
+            exits_cleanly(work)()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # never back into the fork's copy of pytest
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
 
 
@@ -257,10 +264,13 @@ def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
 
     def pool():
         StopOnSignal()
+        ready, started = os.pipe()
         worker = os.fork()
         if worker == 0:
+            os.write(started, b"1")  # Python forgets signals that come while it forks
             time.sleep(30)
             os._exit(0)
+        os.read(ready, 1)
         os.kill(worker, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
 
