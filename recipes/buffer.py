@@ -92,7 +92,7 @@ def select_rows(
         read = partial(read_facts, settings=settings.hygiene, seed=seed, ngrams=ngrams, bound=bound, extra=extra)
         facts = scan(rows, read, num_proc)
         assert pc.count_distinct(facts["row_id"]).as_py() == len(rows), "row ids must be unique"
-        codes = first_broken(rows, facts, settings.hygiene, bound, count_prompt_tokens)
+        codes = first_broken(rows, facts, settings.hygiene, bound, count_prompt_tokens, num_proc)
         _refuse_broken(codes, facts["row_id"], settings)
         before, relabelled = pair_class(facts), np.zeros(len(rows), bool)
         if not hygiene_only:

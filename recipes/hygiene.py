@@ -162,7 +162,12 @@ def read_facts(
 
 # ---------------------------------------------------------------------------------------------- the verdict
 def first_broken(
-    rows: Dataset, facts: Facts, settings: Hygiene, bound: TokenBound | None, count_prompt_tokens: CountTokens | None
+    rows: Dataset,
+    facts: Facts,
+    settings: Hygiene,
+    bound: TokenBound | None,
+    count_prompt_tokens: CountTokens | None,
+    num_proc: int | None = None,
 ) -> np.ndarray:
     """The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8."""
     broken = facts["broken"].copy()
@@ -177,7 +182,9 @@ def first_broken(
     if settings.ties != "keep":
         mark("ties", facts["tie"])
     if bound is not None:
-        found = too_long(rows, broken == 0, facts["prompt_bound"], facts["frame"], bound, count_prompt_tokens)
+        found = too_long(
+            rows, broken == 0, facts["prompt_bound"], facts["frame"], bound, count_prompt_tokens, num_proc
+        )
         mark("min_answer_tokens", found)
     if settings.eval_ngram is not None:
         mark("eval_ngram", facts["overlap"])

@@ -8,7 +8,7 @@ from itertools import repeat
 import numpy as np
 from datasets import Dataset
 
-from scanning import BATCH, release
+from scanning import BATCH, read_at
 
 CountTokens = Callable[[list[list[dict]]], list[int]]  # of conversations, with the template, up to the answer
 
@@ -100,6 +100,7 @@ def too_long(
     frames: np.ndarray,
     bound: TokenBound,
     count_prompt_tokens: CountTokens,
+    num_proc: int | None = None,
 ) -> np.ndarray:
     """
     Prompts of more tokens than there is room for, in their template. Shape: (rows,), bool.
@@ -127,14 +128,14 @@ def too_long(
     asked = np.sum(limits > bound.room) + (BATCH if bound.savings else 0)
 
     def count(chosen: np.ndarray) -> bool:
-        holds = True
-        for start in range(0, len(chosen), BATCH):
-            batch = np.sort(chosen)[start : start + BATCH]
-            tokens = np.array(count_prompt_tokens(prompts.select(places[batch])[:]["prompt"]))
-            found[places[batch]] = tokens > bound.room
-            holds &= bool((tokens <= limits[batch]).all())
-            release(rows)
-        return holds
+        if not len(chosen):
+            return True
+        chosen = np.sort(chosen)
+        tokens = read_at(
+            prompts, places[chosen], lambda columns: np.array(count_prompt_tokens(columns["prompt"])), num_proc
+        )
+        found[places[chosen]] = tokens > bound.room
+        return bool((tokens <= limits[chosen]).all())
 
     if not count(ranked[:asked]):
         count(ranked[asked:])

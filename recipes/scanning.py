@@ -16,7 +16,8 @@ SLICE = 32_768  # rows between two releases of the file's pages: about 100 MB of
 BATCH = 2_000  # rows whose text is held as Python strings at a time
 
 Read = Callable[[pa.RecordBatch], dict]
-_work: tuple[Dataset, Read] | None = None  # what a worker process was started with
+ReadColumns = Callable[[dict[str, list]], np.ndarray]
+_work: tuple[Dataset, Read | ReadColumns] | None = None  # what a worker process was started with
 
 
 def scan(rows: Dataset, read: Read, num_proc: int | None = None) -> dict:
@@ -35,6 +36,22 @@ def scan(rows: Dataset, read: Read, num_proc: int | None = None) -> dict:
         return _joined([_read_slice(span, rows, read) for span in bar(spans)])
     with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(rows, read)) as pool:
         return _joined(list(bar(pool.map(_read_slice, spans))))
+
+
+def read_at(rows: Dataset, places: np.ndarray, read: ReadColumns, num_proc: int | None = None) -> np.ndarray:
+    """
+    Join what `read` makes of the rows at `places`, in that order.
+
+    Args:
+        places: at least one row number; ascending ones are read fastest. Shape: (N,).
+        read: of the columns of some rows, as lists, to a value per row.
+        num_proc: processes; None: this one.
+    """
+    batches = [places[start : start + BATCH] for start in range(0, len(places), BATCH)]
+    if num_proc in (None, 1) or len(batches) == 1:
+        return np.concatenate([_read_places(batch, rows, read) for batch in batches])
+    with ProcessPoolExecutor(num_proc, initializer=_start_worker, initargs=(rows, read)) as pool:
+        return np.concatenate(list(pool.map(_read_places, batches)))
 
 
 def slices(rows: int, parts: int = 1) -> list[range]:
@@ -61,7 +78,7 @@ def release(rows: Dataset) -> None:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 
-def _start_worker(rows: Dataset, read: Read) -> None:
+def _start_worker(rows: Dataset, read: Read | ReadColumns) -> None:
     global _work
     _work = rows, read
 
@@ -74,6 +91,14 @@ def _read_slice(span: range, rows: Dataset | None = None, read: Read | None = No
     facts = _joined([read(batch) for table in tables for batch in table.to_batches()])
     release(rows)
     return facts
+
+
+def _read_places(places: np.ndarray, rows: Dataset | None = None, read: ReadColumns | None = None) -> np.ndarray:
+    if rows is None:
+        rows, read = _work
+    values = read(rows.select(places)[:])
+    release(rows)
+    return values
 
 
 def _joined(parts: list[dict]) -> dict:
