@@ -96,8 +96,8 @@ def read_facts(
     All that the selection needs to know of each row:
     `broken` (uint8): the first broken rule of those that a row breaks by itself and that stand before `duplicates`;
     `overlap` (bool); `pair`, `side`; `order` (uint64): a digest of seed and row id, the order of every seeded choice;
-    `prompt_bound` (`TokenBound.of`); `frame` (uint64): a digest of the prompt's roles; `chosen_length` and
-    `rejected_length` in characters; the columns of `NUMBERS`, and the column that `extra` names under the name
+    `prompt_least`, `prompt_most` (`TokenBound.of`); `frame` (uint64): a digest of the prompt's roles; `chosen_length`
+    and `rejected_length` in characters; the columns of `NUMBERS`, and the column that `extra` names under the name
     `extra`, as float64; `tie`, `buffer` (bool); `row_id`, `source`, `category` (Arrow).
     """
     size = batch.num_rows
@@ -139,16 +139,17 @@ def read_facts(
         users = (" ".join(folded[i] for i in range(a, b) if roles[i] == "user") for a, b in spans)
         overlap = np.fromiter(map(ngrams.shared_with, users), bool, size)
 
-    bounds = np.zeros(size, np.int32)
+    bounds = np.zeros((size, 2), np.int32)
     if bound is not None:
-        bounds = np.fromiter((bound.of(contents[a:b]) for a, b in spans), np.int32, size)
+        bounds = np.fromiter((bound.of(contents[a:b]) for a, b in spans), np.dtype((np.int32, 2)), size)
     row_ids = batch["row_id"].to_pylist()
     return {
         "broken": broken,
         "overlap": overlap,
         **_pair_keys(_one_text(spans, roles, folded), chosen, rejected),
         "order": _digests([f"{seed}:{row_id}" for row_id in row_ids]),
-        "prompt_bound": bounds,
+        "prompt_least": bounds[:, 0],
+        "prompt_most": bounds[:, 1],
         "frame": _digests([" ".join(roles[a:b]) for a, b in spans]),
         "chosen_length": lengths[0],
         "rejected_length": lengths[1],
@@ -182,9 +183,8 @@ def first_broken(
     if settings.ties != "keep":
         mark("ties", facts["tie"])
     if bound is not None:
-        found = too_long(
-            rows, broken == 0, facts["prompt_bound"], facts["frame"], bound, count_prompt_tokens, num_proc
-        )
+        bounds = facts["prompt_least"], facts["prompt_most"]
+        found = too_long(rows, broken == 0, *bounds, facts["frame"], bound, count_prompt_tokens, num_proc)
         mark("min_answer_tokens", found)
     if settings.eval_ngram is not None:
         mark("eval_ngram", facts["overlap"])

@@ -62,12 +62,13 @@ def _runs(words: list[str], length: int) -> list[str]:
 
 class TokenBound:
     """
-    At most how many tokens a prompt's contents make, found without tokenising them.
+    At least and at most how many tokens a prompt's contents make, found without tokenising them.
 
     A byte-level tokenizer makes at most one token of a byte (and SentencePiece one more per message, for the space it
     puts in front), which settles most prompts. In those of more bytes than `room`, a common word counts by its tokens
-    instead: a tokenizer that merges nothing across the space before a word spends on it what it spends on it alone.
-    That this holds of the tokenizer at hand is checked by `too_long`.
+    instead, and where that is still too many, any other word by one token at least: a tokenizer that merges nothing
+    across the space before a word spends on it what it spends on it alone. That this holds of the tokenizer at hand
+    is checked by `too_long`.
 
     Args:
         prompts: a sample; none: bytes alone count.
@@ -86,17 +87,24 @@ class TokenBound:
             for word, count in zip(words, counts, strict=True):
                 self.savings[word] = max(0, len(word.encode()) + 1 - (count - bare))
 
-    def of(self, contents: Sequence[str]) -> int:
-        size = sum(len(content.encode()) for content in contents)
+    def of(self, contents: Sequence[str]) -> tuple[int, int]:
+        size, least = sum(len(content.encode()) for content in contents), 0
         if size > self.room and self.savings:
-            size -= sum(sum(map(self.savings.get, text.split(" ")[1:], repeat(0))) for text in contents)
-        return size
+            words = [word for text in contents for word in text.split(" ")[1:]]
+            saved = sum(map(self.savings.get, words, repeat(0)))
+            if size - saved > self.room:
+                known = [word for word in words if word in self.savings]
+                least = sum(len(word.encode()) + 1 for word in known) - saved
+                least += sum(map(bool, words)) - len(known)
+            size -= saved
+        return least, size
 
 
 def too_long(
     rows: Dataset,
     among: np.ndarray,
-    bounds: np.ndarray,
+    least: np.ndarray,
+    most: np.ndarray,
     frames: np.ndarray,
     bound: TokenBound,
     count_prompt_tokens: CountTokens,
@@ -105,12 +113,12 @@ def too_long(
     """
     Prompts of more tokens than there is room for, in their template. Shape: (rows,), bool.
 
-    Only prompts that their bound does not settle are tokenised. Where words were counted by their tokens, those that
-    are settled by the least are too; if any makes more tokens than its bound, every prompt is tokenised.
+    Only prompts that their bounds do not settle are tokenised. Where words were counted by their tokens, those that
+    are settled by the least are too; if any makes fewer or more tokens than its bounds, every prompt is tokenised.
 
     Args:
         among: the rows in question. Shape: (rows,), bool.
-        bounds: `TokenBound.of` each prompt. Shape: (rows,).
+        least, most: `TokenBound.of` each prompt. Shape: (rows,).
         frames: a digest of each prompt's roles: what the template adds depends on these alone. Shape: (rows,).
     """
     found = np.zeros(len(rows), bool)
@@ -123,9 +131,11 @@ def too_long(
     _, firsts, kinds = np.unique(frames[places], return_index=True, return_inverse=True)
     bare = [[turn | {"content": "a"} for turn in prompt] for prompt in prompts.select(places[firsts])[:]["prompt"]]
     overhead = np.array(count_prompt_tokens(bare)) + [2 * len(prompt) for prompt in bare]
-    limits = bounds[places] + overhead[kinds]
-    ranked = np.argsort(-limits, kind="stable")
-    asked = np.sum(limits > bound.room) + (BATCH if bound.savings else 0)
+    least, most = least[places], most[places] + overhead[kinds]
+    found[places] = least > bound.room
+    # By how much a prompt is settled; below 0 it is not.
+    ranked = np.argsort(np.maximum(least - bound.room - 1, bound.room - most), kind="stable")
+    asked = np.sum((least <= bound.room) & (most > bound.room)) + (BATCH if bound.savings else 0)
 
     def count(chosen: np.ndarray) -> bool:
         if not len(chosen):
@@ -135,7 +145,7 @@ def too_long(
             prompts, places[chosen], lambda columns: np.array(count_prompt_tokens(columns["prompt"])), num_proc
         )
         found[places[chosen]] = tokens > bound.room
-        return bool((tokens <= limits[chosen]).all())
+        return bool(((least[chosen] <= tokens) & (tokens <= most[chosen])).all())
 
     if not count(ranked[:asked]):
         count(ranked[asked:])

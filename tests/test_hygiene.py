@@ -233,6 +233,36 @@ def test_a_tokenizer_that_breaks_the_bound_is_asked_about_every_prompt():
     assert found == expected and 1000 < sum(map(bool, found)) < 4000
 
 
+def test_a_prompt_of_too_many_words_is_too_long_unasked(tokenizer):
+    """Of 2,500 prompts at the limit's edge and 5,000 of far too many words, the tokenizer meets the first alone."""
+
+    def count(prompts):
+        asked.append(len(prompts))
+        return [len(tokenizer.apply_chat_template(turns)["input_ids"]) for turns in prompts]
+
+    asked = []
+    prompts = ["bread yeast " * 20 + "is"] * 2500 + ["bread unheard-of " * 200] * 5000
+    rows = [make_row(f"a:{i}", prompt=prompt) for i, prompt in enumerate(prompts)]
+    settings = Hygiene(duplicates="keep", empty="keep")
+    found = codes(rows, settings, max_length=150, count=count, sample=[row["prompt"] for row in rows[2400:2600]])
+    assert found == [None] * 2500 + ["min_answer_tokens"] * 5000
+    assert sum(asked) < 3000
+
+
+def test_a_tokenizer_that_merges_words_is_asked_about_every_prompt():
+    """A token for three words: there are more words than tokens, so that words prove nothing."""
+
+    def count(prompts):
+        words = [turns[-1]["content"].split(" ") for turns in prompts]
+        return [5 + (2 if first == "a" else 1 + (1 + len(rest)) // 3) for first, *rest in words]
+
+    rows = [make_row(f"a:{i}", prompt="word " * (i % 100) + str(i)) for i in range(5000)]
+    exact = count([row["prompt"] for row in rows])
+    expected = ["min_answer_tokens" if tokens + 16 > 45 else None for tokens in exact]
+    found = codes(rows, max_length=45, count=count, sample=[row["prompt"] for row in rows[:100]])
+    assert found == expected and 1000 < sum(map(bool, found)) < 4000
+
+
 # ---------------------------------------------------------------------------------------------- evaluation prompts
 def test_an_ngram_is_found_wherever_it_stands():
     """A run of 13 words at every place of a prompt; with 12 of them nothing is found."""
@@ -290,6 +320,6 @@ def test_facts_of_slices_of_a_mapped_file(tmp_path):
         numbers = range(first, first + len(part))
         assert facts["row_id"].to_pylist() == [f"a:{i}" for i in numbers]
         assert facts["chosen_length"].tolist() == list(numbers)
-        assert facts["prompt_bound"].tolist() == [6 * (i % 3 + 1) for i in numbers]
+        assert facts["prompt_most"].tolist() == [6 * (i % 3 + 1) for i in numbers]
         assert np.isnan(facts["score_chosen"]).all()
         assert isinstance(facts["category"], pa.Array) and facts["category"].null_count == len(part)
