@@ -53,7 +53,8 @@ def main() -> None:
     comparisons = []
     for plan in plans:
         resolved = build(resolve("dpo", [*keys, *plan]) if plan else first)
-        workload = prepare_workload(resolved, updates=options.updates + 1)  # the first one warms up
+        # The first update warms up.
+        workload = prepare_workload(resolved, options.updates + 1, options.reference_pairs)
         print(f"== {workload.name}, model {workload.model_name}", flush=True)
         comparisons.append(compare(workload, options.rounds))
 
@@ -79,6 +80,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", help="a recipe of recipes/dpo.py, for columns that are not chosen and rejected")
     parser.add_argument("--rounds", type=count, default=3, help="paired runs, of which the median is shown (3)")
     parser.add_argument("--updates", type=count, default=3, help="timed updates in each run (3)")
+    parser.add_argument("--reference_pairs", type=count, default=96, help="pairs in the reference pass, at least (96)")
     parser.add_argument(
         "--selection_rows", type=count, nargs="*", default=[100_000], help="pairs to select among (100000); or nothing"
     )

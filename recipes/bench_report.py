@@ -79,7 +79,8 @@ def against_stock(comparison: Comparison) -> list[Measure]:
     lengths, together = work.lengths(), list(zip(comparison.stock, comparison.shared, strict=True))
     steps, reference = 1.0, 1.0
     if comparison.sharing:
-        steps = median(token_bounds(lengths, comparison.shared[0].order, batch, accumulation)[1:])
+        trained_on = comparison.shared[0].order[: work.updates * pairs]
+        steps = median(token_bounds(lengths, trained_on, batch, accumulation)[1:])
         (reference,) = token_bounds(lengths, list(range(len(lengths))), batch, len(lengths) // batch)
     return [
         Measure(

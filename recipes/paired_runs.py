@@ -35,7 +35,10 @@ class Workload:
     model_name: str
     build_model: Callable[[], PreTrainedModel]  # the same weights at every call
     tokenizer: PreTrainedTokenizerBase
-    rows: Dataset  # tokenised pairs with margin 0, all of one role: plain DPO, whose loss stock TRL has too
+    # Tokenised pairs with margin 0, all of one role: plain DPO, whose loss stock TRL has too. The reference pass goes
+    # over all of them, the updates over as many as they need.
+    rows: Dataset
+    updates: int
     args: DPOConfig
     system_message: str | None
     trained: list[str] | None  # patterns of trainable parameters; None: all
@@ -43,10 +46,6 @@ class Workload:
     @property
     def rows_per_update(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-
-    @property
-    def updates(self) -> int:
-        return len(self.rows) // self.rows_per_update
 
     def lengths(self) -> np.ndarray:
         """Tokens of prompt, chosen and rejected. Shape: (rows, 3)."""
@@ -63,7 +62,7 @@ class Run:
     reference_seconds: float
     peak_bytes: int  # above what the process held before the model was there
     optimizer_bytes: int
-    order: list[int]  # row indices as they were trained on
+    order: list[int]  # row indices in the order of training, which may end before the last
     second_pass_forwards: int = 0  # of a reference pass over the same rows, its cache filled
     second_pass_seconds: float = 0.0
 

@@ -25,9 +25,10 @@ GENERATED = "generated/"  # before the name of a source in `LENGTHS`: rows of it
 SPARE = 2  # times as many rows are generated as are trained on, since the selection drops some
 
 
-def prepare_workload(resolved: Resolved, updates: int) -> Workload:
+def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0) -> Workload:
     """
-    Load, select and tokenise the recipe's rows, of which `updates` updates draw theirs by the seed.
+    Load, select and tokenise the recipe's rows, and draw by the seed as many as `updates` updates need, or whole
+    micro-batches of at least `reference_pairs` if that is more.
 
     A model that is none of `SHAPES` is loaded with its tokenizer; for one of those, with random weights, a tokenizer
     is trained on the rows.
@@ -41,7 +42,8 @@ def prepare_workload(resolved: Resolved, updates: int) -> Workload:
     shape = SHAPES.get(model.model_name_or_path)
     if shape is None:
         check_model_path(model.model_name_or_path, model.model_revision)
-    needed = updates * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    batch = args.per_device_train_batch_size
+    needed = max(updates * batch * args.gradient_accumulation_steps, -(-reference_pairs // batch) * batch)
     with tempfile.TemporaryDirectory() as folder:
         entries = [_made(entry, Path(folder), SPARE * needed, args.seed) for entry in recipe.datasets]
         if shape is None:
@@ -51,8 +53,9 @@ def prepare_workload(resolved: Resolved, updates: int) -> Workload:
         pairs = prepare_pairs(entries, recipe, args, tokenizer).dataset
     if len(pairs) < needed:
         raise RecipeError(
-            f"{resolved.path}: {len(pairs):,} rows are left by the selection, and {updates} updates need {needed:,}: "
-            "give a larger --dataset, or lower --updates or per_device_train_batch_size"
+            f"{resolved.path}: {len(pairs):,} rows are left by the selection, and {updates} updates and a "
+            f"reference pass over {reference_pairs} pairs need {needed:,}: give a larger --dataset, or lower --updates, "
+            "--reference_pairs or per_device_train_batch_size"
         )
     rows = pairs.shuffle(seed=args.seed).select(range(needed)).flatten_indices()
     # Stock TRL knows neither margins nor roles.
@@ -69,6 +72,7 @@ def prepare_workload(resolved: Resolved, updates: int) -> Workload:
         build_model=build_model,
         tokenizer=tokenizer,
         rows=rows,
+        updates=updates,
         args=args,
         system_message=recipe.system_message,
         trained=recipe.trainable_parameters,

@@ -24,14 +24,14 @@ from workloads import prepare_workload
 SMALL = ["--max_length=256", "--per_device_train_batch_size=2", "--pairs_per_update=4", "--use_cpu=true"]
 
 
-def workload_of(*keys, updates=3):
+def workload_of(*keys, updates=3, reference_pairs=0):
     _, command = bench.parse([*SMALL, *keys])
-    return prepare_workload(build(resolve("dpo", command)), updates)
+    return prepare_workload(build(resolve("dpo", command)), updates, reference_pairs)
 
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
-    """One round on twelve rows of a file, micro-batches of two, two to an update, and a model of two layers."""
+    """One round on 14 rows of a file, 12 of them trained on: micro-batches of two, two to an update, two layers."""
     path = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
     rows = [
         {"prompt": prompt, "good": chosen, "bad": rejected}
@@ -44,6 +44,7 @@ def comparison(tmp_path_factory):
         workload = workload_of(
             "--model", "tiny", "--dataset", str(path),
             "--datasets.0.columns", "{prompt: prompt, chosen: good, rejected: bad}", "--learning_rate", "1e-3",
+            reference_pairs=13,
         )  # fmt: skip
         yield compare(workload, rounds=1)
 
@@ -53,11 +54,22 @@ def test_both_trainers_see_the_same_rows_and_give_the_same_losses(comparison):
     assert comparison.sharing
     assert loss_gap(comparison) < 1e-5
     for stock, shared in zip(comparison.stock, comparison.shared, strict=True):
-        assert stock.order == shared.order and sorted(stock.order) == list(range(12))
+        assert stock.order == shared.order and set(stock.order) == set(range(14))
         assert len(stock.losses) == len(shared.losses) == 6
         assert max(abs(loss - np.log(2)) for loss in stock.losses) > 1e-3
         assert len(stock.step_seconds) == len(shared.step_seconds) == 2  # the first of three warms up
         assert stock.reference_seconds > 0 and shared.reference_seconds > 0
+
+
+def test_the_reference_pass_covers_rows_that_no_update_needs(comparison):
+    """Its rate counts 14 pairs in 7 micro-batches; the updates' bound is of the 12 that they train on."""
+    for runs, seconds in [(comparison.stock, 7.0), (comparison.shared, 2.0)]:
+        runs[0].reference_seconds = seconds
+    step, reference, _ = against_stock(comparison)
+    assert (reference.left, reference.right, reference.ratio) == (2.0, 7.0, 3.5)
+    lengths, order = comparison.workload.lengths(), comparison.shared[0].order
+    second, third = token_bounds(lengths, order[:12], 2, 2)[1:]
+    assert step.bound == pytest.approx((second + third) / 2)
 
 
 def test_the_second_reference_pass_makes_no_forward(comparison):
@@ -196,7 +208,7 @@ def test_too_few_rows_are_refused(tmp_path):
     rows = generate_pairs(6, LENGTHS["hh-rlhf"], seed=0)
     lines = (json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in rows)
     path.write_text("\n".join(lines))
-    with pytest.raises(RecipeError, match=r"rows are left by the selection, and 3 updates need 12"):
+    with pytest.raises(RecipeError, match=r"rows are left by the selection, and 3 updates .* need 12"):
         workload_of("--dataset", str(path), "--datasets.0.columns.prompt", "prompt")
 
 
