@@ -28,8 +28,12 @@ config=$1
 shift
 [ -f "$config" ] || fail "$config: no such launch config; see accelerate_configs/"
 [ -f "$1" ] || fail "$1: no such script"
-accelerate=$(command -v accelerate || echo "$(dirname "$0")/../.venv/bin/accelerate")
-[ -x "$accelerate" ] || fail "accelerate is not to be found: activate the environment that has it"
+folder=$(dirname "$0")
+has_accelerate='import importlib.util, sys; sys.exit(importlib.util.find_spec("accelerate") is None)'
+for python in python python3 "$folder/../.venv/bin/python" ""; do
+    ! "$python" -c "$has_accelerate" 2>/dev/null || break
+done
+[ -n "$python" ] || fail "no python that has accelerate: activate the environment that has it"
 
 # ---------------------------------------------------------------- which nodes, and which of them is this one
 if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
@@ -96,7 +100,7 @@ command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this scri
 # A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
 # to end, too few to save a large model.
 export START_SECONDS=${START_SECONDS:-50}
-setsid "${guard[@]}" "$accelerate" launch --quiet --config_file "$config" --num_machines "$number" \
+setsid "${guard[@]}" "$python" "$folder/accelerate_launch.py" --config_file "$config" --num_machines "$number" \
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
     --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!

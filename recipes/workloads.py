@@ -53,8 +53,8 @@ def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0)
         pairs = prepare_pairs(entries, recipe, args, tokenizer).dataset
     if len(pairs) < needed:
         raise RecipeError(
-            f"{resolved.path}: {len(pairs):,} rows are left by the selection, and {updates} updates and a "
-            f"reference pass over {reference_pairs} pairs need {needed:,}: give a larger --dataset, or lower --updates, "
+            f"{resolved.path}: {len(pairs):,} rows are left by the selection, and {updates} updates and a reference "
+            f"pass over {reference_pairs} pairs need {needed:,}: give a larger --dataset, or lower --updates, "
             "--reference_pairs or per_device_train_batch_size"
         )
     rows = pairs.shuffle(seed=args.seed).select(range(needed)).flatten_indices()

@@ -243,7 +243,7 @@ def attempt(bad: BadStart, folder: Path) -> Verdict:
             launch = [str(ROOT / "recipes" / "launch.sh"), str(CONFIGS / "zero3-cpu.yaml")]
             commands.append(([*launch, *script, *own], env | {"START_SECONDS": "20"} | port | node))
     else:
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *bad.launch]
+        launch = [sys.executable, str(ROOT / "recipes" / "accelerate_launch.py"), *bad.launch]
         commands.append(([*launch, *script], env))
     if bad.mount:
         shell = f'{bad.mount.replace("FOLDER", str(folder))} && exec "$@"'
@@ -273,8 +273,7 @@ def attempt(bad: BadStart, folder: Path) -> Verdict:
         if len(told) != 1:
             faults.append(f"{len(told)} error lines")
         line = line or next(iter(told), "")
-        # Over several processes torch's launcher adds its own report, in which no line is of this repository.
-        if "Traceback" in output and (not bad.nodes or f'File "{ROOT}' in output):
+        if "Traceback" in output:
             faults.append("a traceback")
     if not re.search(bad.says, line):
         faults.append("the line does not say it")

@@ -80,7 +80,9 @@ class Node:
         """The training processes."""
         descendants = psutil.Process(self.process.pid).children(recursive=True)
         commands = [(child, child.cmdline()) for child in descendants]
-        return [child for child, words in commands if self.script in words and "launch" not in words]
+        return [
+            child for child, words in commands if self.script in words and "accelerate_launch" not in "".join(words)
+        ]
 
     def kill(self) -> None:
         for child in psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from torch.distributed import DistStoreError
 
+import accelerate_launch
 from checkpoints import newest_complete
 from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, nodes_of_two
 from tiny_run import outcome
@@ -63,11 +66,11 @@ CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_
 @pytest.fixture
 def stand_ins(tmp_path) -> Path:
     """
-    A folder for PATH with what a test machine lacks or must not start: an accelerate that prints what it is given, a
+    A folder for PATH with what a test machine lacks or must not start: a python that prints what it is given, a
     node of eight GPUs, Slurm's commands for two nodes.
     """
     commands = {
-        "accelerate": 'echo "$@"',
+        "python": '[ "$1" = -c ] || echo "$@"',
         "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
         "hostname": "echo gpu-b",
         "getent": "[[ $2 != *.invalid ]]",
@@ -94,9 +97,9 @@ def start(
 
 
 def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
-    """The options that the stand-in for accelerate was given."""
+    """The options that the stand-in for `python recipes/accelerate_launch.py` was given."""
     assert done.returncode == 0, done.stderr
-    words = done.stdout.split("launch --quiet ")[1].split()
+    words = done.stdout.split("accelerate_launch.py ")[1].split()
     return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
 
 
@@ -281,3 +284,36 @@ def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
     child.wait(20)
     last = newest_complete(tmp_path)
     assert last is not None and (whom != "all" or json.loads((Path(last) / "manifest.json").read_text())["step"] > 2)
+
+
+# ---------------------------------------------------------------------------------------------------- the last line
+
+
+def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
+    """Two processes under torch's launcher, of which the second ends like this."""
+    script = folder / "ends.py"
+    script.write_text(f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)\n")
+    command = [sys.executable, ROOT / "recipes" / "accelerate_launch.py", "--config_file", CPU, script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ending", "line"),
+    [
+        ("os._exit(3)", "process 1 ended with exit code 3"),
+        ("os.kill(os.getpid(), 9)", "process 1 was ended by SIGKILL; the system kills so where memory runs out"),
+    ],
+)
+def test_a_failed_process_is_told_in_a_line(ending, line, tmp_path):
+    done = failing_launch(tmp_path, ending)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == line
+    assert "Traceback" not in done.stderr
+
+
+def test_only_the_launchers_own_exceptions_become_a_line(capsys):
+    accelerate_launch.in_a_line(DistStoreError, DistStoreError("timed out\nmore"), None)
+    assert capsys.readouterr().err == "launcher: timed out\n"
+    accelerate_launch.in_a_line(KeyError, KeyError("here"), None)
+    assert "KeyError: 'here'" in capsys.readouterr().err

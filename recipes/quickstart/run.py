@@ -95,8 +95,9 @@ def free_folder(wanted: Path | None) -> Path:
 
 def launch(stage: str, accelerate_config: str, settings: dict[str, str | int | Path], overrides: Sequence[str] = ()):
     """Run a stage as a user would: `accelerate launch`, its YAML and overrides. If it fails, so does this process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--config_file", accelerate_config]
-    command += [str(ROOT / "recipes" / f"{stage}.py"), "--config", str(RECIPES / f"{stage}.yaml")]
+    scripts = ROOT / "recipes"
+    command = [sys.executable, str(scripts / "accelerate_launch.py"), "--config_file", accelerate_config]
+    command += [str(scripts / f"{stage}.py"), "--config", str(RECIPES / f"{stage}.yaml")]
     code = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items()), *overrides]).returncode
     if code:
         print(f"error: stage {stage} failed with exit code {code}; its message is above", file=sys.stderr, flush=True)

@@ -1,0 +1,46 @@
+"""
+`accelerate launch` that ends in a line where torch's launcher would end in a traceback of itself.
+
+    python recipes/accelerate_launch.py --config_file accelerate_configs/zero3.yaml recipes/dpo.py --config my.yaml
+
+A process that fails says why by itself; torch's launcher then adds sixty lines about the launcher, below which the
+cause is hard to find. A script of its own, since it stands in for a command: launch.sh and the Makefile run it.
+"""
+
+import signal
+import sys
+from types import TracebackType
+
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
+
+
+def main() -> None:
+    sys.excepthook = in_a_line
+    launch_command(launch_command_parser().parse_args(["--quiet", *sys.argv[1:]]))
+
+
+def in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The hook for exceptions that nobody caught: a line for the launcher's own, Python's traceback for all others."""
+    if isinstance(error, ChildFailedError):
+        for rank, failure in sorted(error.failures.items()):
+            print(f"process {rank} {ending(failure.exitcode)}", file=sys.stderr)
+    elif isinstance(error, DistError | RendezvousError | SignalException):
+        print(f"launcher: {str(error).splitlines()[0]}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+def ending(code: int) -> str:
+    """What an exit code says; a negative one is a signal's number."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    lack = "; the system kills so where memory runs out" if code == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{lack}"
+
+
+if __name__ == "__main__":
+    main()
