@@ -19,13 +19,20 @@ def add_answer_head(model: PreTrainedModel) -> None:
     """
     Let `model(…, answer_labels=labels)` return what TRL's fused head would for `shift_labels=labels`, without a loss.
 
-    `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. For models whose logits are
-    a plain projection: no softcapping, no logit scale, no router loss.
+    `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. With
+    `answer_statistics=False` there are log-probabilities alone. For models whose logits are a plain projection: no
+    softcapping, no logit scale, no router loss.
     """
     original_forward = model.forward
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
-    def forward(self: PreTrainedModel, *args: Any, answer_labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: PreTrainedModel,
+        *args: Any,
+        answer_labels: torch.Tensor | None = None,
+        answer_statistics: bool = True,
+        **kwargs: Any,
+    ) -> Any:
         if answer_labels is None:
             return original_forward(*args, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
@@ -37,9 +44,13 @@ def add_answer_head(model: PreTrainedModel) -> None:
             if not torch.is_grad_enabled():
                 # A Function isn't told of no_grad: it would keep the probabilities for the head's gradient.
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
-            outputs = AnswerLogProbs.apply(hidden.flatten(0, 1).index_select(0, scored), weight, bias, labels[scored])
+            states = hidden.flatten(0, 1).index_select(0, scored)
+            outputs = AnswerLogProbs.apply(states, weight, bias, labels[scored], answer_statistics)
         log_probs, entropy, mean_logits, is_top1 = (
-            output.new_zeros(len(labels)).index_copy(0, scored, output).view_as(answer_labels) for output in outputs
+            None
+            if output is None
+            else output.new_zeros(len(labels)).index_copy(0, scored, output).view_as(answer_labels)
+            for output in outputs
         )
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
 
@@ -57,9 +68,17 @@ class AnswerLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Shapes: hidden (N, H), weight (V, H), bias (V,), targets (N,); four of (N,) are returned."""
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        statistics: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """
+        Shapes: hidden (N, H), weight (V, H), bias (V,), targets (N,); four of (N,) are returned, or without
+        `statistics` the first and three None.
+        """
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         wide = torch.promote_types(dtype, torch.float32)  # sums over the vocabulary
@@ -67,11 +86,8 @@ class AnswerLogProbs(torch.autograd.Function):
         trains_head = any(ctx.needs_input_grad[1:3])
         slope = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
         kept = inputs.new_empty((len(inputs), len(weight))) if trains_head else None
-        # A row's mean logit is its product with the mean of the weights: no pass over the logits.
-        mean_logits = inputs.to(wide) @ weights.mean(0, dtype=wide)
-        if bias is not None:
-            mean_logits += bias.mean(dtype=wide)
-        statistics = []
+        log_probs = inputs.new_empty(len(inputs), dtype=wide)
+        entropy, is_top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)
         for start in range(0, len(inputs), TILE_TOKENS):
             tile = slice(start, start + TILE_TOKENS)
             logits = torch.mm(inputs[tile], weights.t())
@@ -79,19 +95,26 @@ class AnswerLogProbs(torch.autograd.Function):
                 logits += bias.to(dtype)
             # One kernel, row by row in the cache, where each step written out would stream all logits from memory.
             every = torch.log_softmax(logits, dim=1, dtype=wide)
+            log_probs[tile] = every.gather(1, targets[tile, None]).squeeze(1)
+            if not (statistics or slope is not None or kept is not None):
+                continue
             probabilities = every.exp()
-            picked = every.gather(1, targets[tile, None]).squeeze(1)
-            entropy = -torch.einsum("nv,nv->n", probabilities, every)
-            statistics.append(torch.stack([picked, entropy, every.amax(1) - picked]))
+            if statistics:
+                is_top1[tile] = every.amax(1) == log_probs[tile]
+                entropy[tile] = every.mul_(probabilities).sum(1).neg_()
             probabilities = probabilities.to(dtype)
             if slope is not None:
                 torch.sub(weights[targets[tile]], torch.mm(probabilities, weights), out=slope[tile])
             if kept is not None:
                 kept[tile] = probabilities
-        log_probs, entropy, below_best = torch.cat(statistics, dim=1)
-        is_top1 = below_best == 0
         ctx.save_for_backward(slope, kept, inputs if trains_head else None, targets)
         ctx.dtypes = hidden.dtype, weight.dtype
+        if not statistics:
+            return log_probs, None, None, None
+        # A row's mean logit is its product with the mean of the weights: no pass over the logits.
+        mean_logits = inputs.to(wide) @ weights.mean(0, dtype=wide)
+        if bias is not None:
+            mean_logits += bias.mean(dtype=wide)
         ctx.mark_non_differentiable(entropy, mean_logits, is_top1)
         return log_probs, entropy, mean_logits, is_top1
 
@@ -108,4 +131,4 @@ class AnswerLogProbs(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad = grad.to(probabilities.dtype)
             grad_bias = (-(grad @ probabilities)).index_add_(0, targets, grad).to(weight_dtype)
-        return grad_hidden, grad_weight, grad_bias, None
+        return grad_hidden, grad_weight, grad_bias, None, None

@@ -260,7 +260,9 @@ class FakeModel:
         ).last_hidden_state
         head = self.causal_lm.get_output_embeddings()
         scored = torch.zeros(sum(n + m for _, n, m in batch.pair_lengths), dtype=torch.long)
-        return AnswerLogProbs.apply(hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, scored)[0]
+        return AnswerLogProbs.apply(
+            hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, scored, True
+        )[0]
 
 
 def _padded(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:

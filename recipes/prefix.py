@@ -33,16 +33,19 @@ HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
 class PairOutputs(NamedTuple):
-    """What a forward over B pairs gives. Every field has shape (B,); sums run over the answer's tokens."""
+    """
+    What a forward over B pairs gives. Every field has shape (B,); sums run over the answer's tokens. What only metrics
+    need has no gradient, and is None where it was not asked for.
+    """
 
     chosen_logps: torch.Tensor  # log π(y_w|x) in nats, with gradient
     rejected_logps: torch.Tensor  # log π(y_l|x) in nats, with gradient
     chosen_tokens: torch.Tensor  # tokens of the answer, int64
     rejected_tokens: torch.Tensor
-    entropy: torch.Tensor  # of the next-token distribution in nats, summed over both answers, no gradient
-    chosen_logits: torch.Tensor  # mean logit over the vocabulary, summed, no gradient
-    rejected_logits: torch.Tensor
-    chosen_top1: torch.Tensor  # tokens of the chosen answer that are the model's first choice
+    entropy: torch.Tensor | None = None  # of the next-token distribution in nats, summed over both answers
+    chosen_logits: torch.Tensor | None = None  # mean logit over the vocabulary, summed
+    rejected_logits: torch.Tensor | None = None
+    chosen_top1: torch.Tensor | None = None  # tokens of the chosen answer that are the model's first choice
 
 
 def row_columns(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -130,7 +133,7 @@ def enable_prefix_sharing(model: nn.Module) -> None:
     add_answer_head(causal_lm)
 
 
-def pair_logps(model: nn.Module, batch: dict[str, Any]) -> PairOutputs:
+def pair_logps(model: nn.Module, batch: dict[str, Any], statistics: bool = True) -> PairOutputs:
     """
     Log-probabilities of both answers of each pair, from a shared batch (`PrefixSharedCollator`) or a padded one
     (`trl`'s `DataCollatorForPreference`); the numbers are the same.
@@ -139,11 +142,14 @@ def pair_logps(model: nn.Module, batch: dict[str, Any]) -> PairOutputs:
         model: with TRL's fused head (`add_fused_lm_head`), also wrapped by PEFT, DDP or DeepSpeed; for a shared batch
             after `enable_prefix_sharing`.
         batch: may hold other columns.
+        statistics: whether entropy, logits and first choices are wanted; a reference pass does without.
     """
     if "pair_lengths" in batch:
         inputs, labels = batch["input_ids"], batch["shift_labels"]
         on_cpu = inputs.device.type == "cpu"
-        head = {"answer_labels": labels} if on_cpu else {"shift_labels": labels, "fused_lm_head": True}
+        head = {"shift_labels": labels, "fused_lm_head": True}
+        if on_cpu:
+            head = {"answer_labels": labels, "answer_statistics": statistics}
         outputs = model(
             input_ids=inputs,
             position_ids=batch["position_ids"],
@@ -174,9 +180,12 @@ def pair_logps(model: nn.Module, batch: dict[str, Any]) -> PairOutputs:
         def answer_sums(per_token: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return per_token.sum(1).chunk(2)
 
+    logps = answer_sums(outputs.log_probs)
+    if not statistics:
+        return PairOutputs(*logps, *tokens)
     chosen_logits, rejected_logits = answer_sums(outputs.mean_logits)
     return PairOutputs(
-        *answer_sums(outputs.log_probs),
+        *logps,
         *tokens,
         sum(answer_sums(outputs.entropy.detach())),
         chosen_logits,

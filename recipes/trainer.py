@@ -168,7 +168,7 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         adapter = use_adapter(unwrapped, None) if hasattr(unwrapped, "peft_config") else contextlib.nullcontext()
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, adapter:
-            return pair_logps(model, batch)
+            return pair_logps(model, batch, statistics=False)
 
     def _reference_of(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         if "ref_chosen_logps" in batch:
