@@ -50,13 +50,16 @@ def main() -> None:
     plans = [[]]
     if not (options.model or options.dataset or options.config):
         plans = ON_GPU if torch.cuda.is_available() else ON_CPU
-    comparisons = []
+    comparisons, too_large = [], []
     for plan in plans:
         resolved = build(resolve("dpo", [*keys, *plan]) if plan else first)
         # The first update warms up.
         workload = prepare_workload(resolved, options.updates + 1, options.reference_pairs)
         print(f"== {workload.name}, model {workload.model_name}", flush=True)
-        comparisons.append(compare(workload, options.rounds))
+        try:
+            comparisons.append(compare(workload, options.rounds))
+        except torch.OutOfMemoryError as error:
+            too_large.append(f"{workload.name}, model {workload.model_name}: {str(error).splitlines()[0]}")
 
     # ---------------------------------------------------------------- selection
     selections = []
@@ -65,6 +68,8 @@ def main() -> None:
         selections.append(time_selection(rows, processes=options.selection_processes))
 
     report(comparisons, selections, options.output_dir)
+    if too_large:
+        raise RecipeError(f"not measured; lower per_device_train_batch_size or max_length: {'; '.join(too_large)}")
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -26,15 +26,17 @@ On top come, never at once:
   autograd's backward run over tensors without storage (torch's FakeTensorMode), while every storage that comes and
   goes is counted. So frozen layers, LoRA, gradient checkpointing, shared prefixes and the head's tiles count as they
   are. Attention and head are those of the CPU; a GPU's kernels were not measured.
+- **a gathering** under ZeRO-3: the buffer that all processes fill, from which each weight is then copied. It holds
+  what is fetched ahead, min(N, 5·10⁷)·w.
 - **the update** under ZeRO: a float32 copy of this process's gradients, 4·P / n (ZeRO-3: of at most 10⁹ elements).
 - **the proof of what was saved**: rank 0 loads the saved weights beside the trained ones, N·(bytes of `dtype`), and
   scores a few padded rows with them; traced as well.
 
 Not in it: the context of CUDA and NCCL, the imports of a CPU process, fragmentation, and what glibc keeps of freed
-memory. Held against the training peaks of CPU rehearsals in float32 with 62.6 M parameters, gradient checkpointing and
-MALLOC_MMAP_THRESHOLD_=131072, the imports subtracted: one process 1.05 GiB estimated and 1.05 measured, down_proj
-alone 0.48 and 0.48; ZeRO-3 on two processes 1.29 and 1.34, down_proj alone 0.63 and 0.74. Without that setting one
-process took 0.2 to 0.3 GiB more. No GPU was measured.
+memory. Held against the training peaks of CPU rehearsals in float32 with 63.4 M parameters, gradient checkpointing and
+MALLOC_MMAP_THRESHOLD_=131072, the imports subtracted: one process 1.12 GiB estimated and 1.19 measured, down_proj
+alone 0.46 and 0.52; ZeRO-3 on two processes 1.37 and 1.50, down_proj alone 0.65 and 0.74. Without that setting glibc
+kept more of what was freed, and they took 0.3 to 0.6 GiB more. No GPU was measured.
 """
 
 import weakref
@@ -59,7 +61,8 @@ from parameters import count_parameters, lora_config, select_parameters
 from prefix import HEAD_OUTPUTS, PrefixSharedCollator, enable_prefix_sharing
 
 BUCKET = 500_000_000  # elements; DeepSpeed's reduce_bucket_size
-GATHERED = 1_050_000_000  # elements; stage3_max_live_parameters and stage3_prefetch_bucket_size
+PREFETCHED = 50_000_000  # elements; stage3_prefetch_bucket_size
+GATHERED = 1_000_000_000 + PREFETCHED  # elements; stage3_max_live_parameters comes first
 SUB_GROUP = 1_000_000_000  # elements; the part of the weights that ZeRO-3 updates at a time
 
 
@@ -126,6 +129,11 @@ def phases(total: int, trained: int, micro_batch: int, proof: int, work: Work) -
     """What comes on top of `states`, one at a time; `micro_batch` and `proof` are traced bytes."""
     n, stage = work.launch.world_size, work.launch.zero_stage
     found = [Part("forward and backward", "traced", micro_batch)]
+    if stage == 3:
+        ahead = min(total, PREFETCHED)
+        found.append(
+            Part("gathering of weights", f"{ahead / 1e9:.3f}e9 x {work.forward_bytes} B", ahead * work.forward_bytes)
+        )
     if stage:
         own = min(trained / n, SUB_GROUP) if stage == 3 else trained / n
         found.append(Part("update", f"{own / 1e9:.3f}e9 x 4 B", own * 4, work.launch.offload_optimizer))

@@ -12,6 +12,7 @@ import torch
 import bench
 import generated
 import paired_runs
+import workloads
 from bench_report import Measure, against_all_weights, against_stock, cells, report
 from errors import RecipeError
 from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
@@ -167,6 +168,25 @@ def test_peak_memory_of_a_block():
         del held
     assert 60 * 2**20 < memory.peak_bytes < 80 * 2**20
     assert len(kept)
+
+
+def test_what_does_not_fit_is_told_after_the_rest_is_reported(comparison, monkeypatch, tmp_path, capsys):
+    """Two plans of which the first needs more memory than there is."""
+
+    def run_out(*_):
+        monkeypatch.setattr(paired_runs, "compare", lambda *_: comparison)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(paired_runs, "compare", run_out)
+    monkeypatch.setattr(workloads, "prepare_workload", lambda *_: comparison.workload)
+    monkeypatch.setattr(bench, "prepare_environment", lambda: None)
+    monkeypatch.setattr(bench, "ON_CPU", [[], []])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--selection_rows", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert "pairs.jsonl, model tiny: CUDA out of memory. Tried to allocate 2.00 GiB." in capsys.readouterr().err
+    assert len(json.loads((tmp_path / "bench.json").read_text())["workloads"]) == 1
 
 
 # ---------------------------------------------------------------------------------------------- refusals

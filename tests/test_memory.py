@@ -27,7 +27,7 @@ def by_name(parts):
 def test_zero3_in_bf16_by_hand():
     """
     Two GPUs: weights N·2/2; gathered 1.05e9·2, since N is more; gradients P·2/2; masters P·4/2; Adam 2·P·4/2; bucket
-    and its copy 5e8·2 each. The update casts P/2 gradients to float32: P/2·4.
+    and its copy 5e8·2 each. A gathering fetches 5e7·2 at a time; the update casts P/2 gradients to float32: P/2·4.
     """
     work = Work(ZERO3, half=True, weight_bytes=2, optim="adamw_torch_fused")
     assert by_name(states(N, P, work)) == {
@@ -42,6 +42,7 @@ def test_zero3_in_bf16_by_hand():
     passing = by_name(phases(N, P, 123, 456, work))
     assert passing == {
         "forward and backward": 123,
+        "gathering of weights": 100_000_000,
         "update": 3_758_096_384,
         "proof of what was saved": 14_483_464_192 + 456,
     }
