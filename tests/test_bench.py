@@ -170,22 +170,26 @@ def test_peak_memory_of_a_block():
     assert len(kept)
 
 
-def test_what_does_not_fit_is_told_after_the_rest_is_reported(comparison, monkeypatch, tmp_path, capsys):
+def test_what_does_not_fit_is_told_after_the_rest_is_reported(comparison, monkeypatch, tmp_path):
     """Two plans of which the first needs more memory than there is."""
 
-    def run_out(*_):
-        monkeypatch.setattr(paired_runs, "compare", lambda *_: comparison)
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+    outcomes = iter([torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"), comparison])
 
-    monkeypatch.setattr(paired_runs, "compare", run_out)
+    def measured(*_):
+        outcome = next(outcomes)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(paired_runs, "compare", measured)
     monkeypatch.setattr(workloads, "prepare_workload", lambda *_: comparison.workload)
     monkeypatch.setattr(bench, "prepare_environment", lambda: None)
     monkeypatch.setattr(bench, "ON_CPU", [[], []])
     monkeypatch.setattr(sys, "argv", ["bench.py", "--selection_rows", "--output_dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as ended:
-        bench.main()
-    assert ended.value.code == 2
-    assert "pairs.jsonl, model tiny: CUDA out of memory. Tried to allocate 2.00 GiB." in capsys.readouterr().err
+    with pytest.raises(
+        RecipeError, match=r"pairs.jsonl, model tiny: CUDA out of memory\. Tried to allocate 2\.00 GiB\.$"
+    ):
+        bench.main.__wrapped__()  # without the exit of the whole process
     assert len(json.loads((tmp_path / "bench.json").read_text())["workloads"]) == 1
 
 
