@@ -135,7 +135,9 @@ def test_parity_with_stock_trl_at_margin_zero(tmp_path, tokenizer, sharing, peft
     stock.order = list(ours._get_train_sampler())
     stock.train()
     ours.train()
-    np.testing.assert_allclose(history(ours, PARITY_KEYS), history(stock, PARITY_KEYS), rtol=2e-5, atol=2e-6)
+    # Adam's first updates hang on the signs of gradients, also of tiny ones: float32's rounding, which differs between
+    # CPUs, moved the fourth update's margins by up to 4e-6.
+    np.testing.assert_allclose(history(ours, PARITY_KEYS), history(stock, PARITY_KEYS), rtol=2e-5, atol=1e-5)
     moved = 0.0
     for (name, weight), expected in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=1e-4, atol=2e-5, msg=name)
