@@ -55,11 +55,12 @@ def main() -> None:
         resolved = build(resolve("dpo", [*keys, *plan]) if plan else first)
         # The first update warms up.
         workload = prepare_workload(resolved, options.updates + 1, options.reference_pairs)
-        print(f"== {workload.name}, model {workload.model_name}", flush=True)
+        title = f"{workload.name}, model {workload.model_name}"
+        print(f"== {title}", flush=True)
         try:
             comparisons.append(compare(workload, options.rounds))
         except torch.OutOfMemoryError as error:
-            too_large.append(f"{workload.name}, model {workload.model_name}: {str(error).splitlines()[0]}")
+            too_large.append(f"{title}: {str(error).splitlines()[0]}")
 
     # ---------------------------------------------------------------- selection
     selections = []

@@ -232,7 +232,9 @@ def test_too_few_rows_are_refused(tmp_path):
     rows = generate_pairs(6, LENGTHS["hh-rlhf"], seed=0)
     lines = (json.dumps(dict(zip(("prompt", "chosen", "rejected"), row, strict=True))) for row in rows)
     path.write_text("\n".join(lines))
-    with pytest.raises(RecipeError, match=r"rows are left by the selection, and 3 updates .* need 12"):
+    with pytest.raises(
+        RecipeError, match=r"rows are left by the selection, and 3 updates and a reference pass over 0 pairs need 12"
+    ):
         workload_of("--dataset", str(path), "--datasets.0.columns.prompt", "prompt")
 
 
