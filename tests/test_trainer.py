@@ -127,7 +127,9 @@ def test_parity_with_stock_trl_at_margin_zero(tmp_path, tokenizer, sharing, peft
     tokenises the conversations itself. Token means are compared without accumulation below.
     """
     rows = training_rows(tokenizer, Margin(), roles=False)
-    same = {"precompute_ref_log_probs": precompute, "gradient_checkpointing": checkpointing}
+    # SGD's updates are as exact as the gradients; Adam's hang on the signs of the tiny ones, and forget their size.
+    same = {"optim": "sgd", "learning_rate": 0.1}
+    same |= {"precompute_ref_log_probs": precompute, "gradient_checkpointing": checkpointing}
     ours = shifted(tmp_path, tokenizer, rows, Margin(), sharing, peft_config=peft_config, **same)
     stock = stock_trainer(
         tmp_path, tokenizer, None if precompute or peft_config else build_model(), peft_config, **same
@@ -135,14 +137,13 @@ def test_parity_with_stock_trl_at_margin_zero(tmp_path, tokenizer, sharing, peft
     stock.order = list(ours._get_train_sampler())
     stock.train()
     ours.train()
-    # Adam's first updates hang on the signs of gradients, also of tiny ones: float32's rounding, which differs between
-    # CPUs, moved the fourth update's margins by up to 4e-6.
+    # Log-probabilities near 100 nats are float32 numbers 8e-6 apart, and rewards are 0.3 times their differences.
     np.testing.assert_allclose(history(ours, PARITY_KEYS), history(stock, PARITY_KEYS), rtol=2e-5, atol=1e-5)
     moved = 0.0
     for (name, weight), expected in zip(ours.model.named_parameters(), stock.model.parameters(), strict=True):
-        torch.testing.assert_close(weight, expected, rtol=1e-4, atol=2e-5, msg=name)
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-6, msg=name)
         moved = max(moved, (weight - dict(build_model().named_parameters()).get(name, weight)).abs().max().item())
-    assert peft_config is not None or moved > 1e-4, "the run must have trained something"
+    assert peft_config is not None or moved > 1e-2, "the run must have trained something"
 
 
 @pytest.mark.parametrize("sharing", [True, False], ids=["shared", "padded"])
