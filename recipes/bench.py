@@ -41,12 +41,15 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the tables are what it is for
     import torch
 
+    from process_memory import share_one_heap
+
+    share_one_heap()
     from bench_report import report
-    from paired_runs import compare
+    from paired_runs import measure_memory, time_rounds
     from selection_rate import time_selection
     from workloads import prepare_workload
 
-    # ---------------------------------------------------------------- the two trainers in turn
+    # ---------------------------------------------------------------- the two trainers: what fits, and its peak memory
     plans = [[]]
     if not (options.model or options.dataset or options.config):
         plans = ON_GPU if torch.cuda.is_available() else ON_CPU
@@ -55,12 +58,16 @@ def main() -> None:
         resolved = build(resolve("dpo", [*keys, *plan]) if plan else first)
         # The first update warms up.
         workload = prepare_workload(resolved, options.updates + 1, options.reference_pairs)
-        title = f"{workload.name}, model {workload.model_name}"
-        print(f"== {title}", flush=True)
+        print(f"== peak memory of {workload.title}", flush=True)
         try:
-            comparisons.append(compare(workload, options.rounds))
+            comparisons.append(measure_memory(workload))
         except torch.OutOfMemoryError as error:
-            too_large.append(f"{title}: {str(error).splitlines()[0]}")
+            too_large.append(f"{workload.title}: {str(error).splitlines()[0]}")
+
+    # ---------------------------------------------------------------- in turn, for their times
+    for comparison in comparisons:
+        print(f"== times of {comparison.workload.title}", flush=True)
+        time_rounds(comparison, options.rounds)
 
     # ---------------------------------------------------------------- selection
     selections = []

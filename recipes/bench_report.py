@@ -49,9 +49,8 @@ def report(comparisons: list[Comparison], selections: list[SelectionRun], folder
             f"losses differ by at most {loss_gap(comparison):.1g}"
         )
         runs = {name: [asdict(run) for run in getattr(comparison, name)] for name in ("stock", "shared", "other")}
-        results.append(
-            {"title": title, "measures": [asdict(m) | {"ratio": m.ratio} for m in trainers + weights]} | runs
-        )
+        measures = [asdict(measure) | {"ratio": measure.ratio} for measure in trainers + weights]
+        results.append({"title": title, "measures": measures, "peak_bytes": comparison.peak_bytes} | runs)
     if selections:
         header = ("pairs", "kept", "seconds", "pairs/s", "GiB above the imports")
         print_table("Selection, all stages on", header, [selection_cells(run) for run in selections])
@@ -97,40 +96,36 @@ def against_stock(comparison: Comparison) -> list[Measure]:
             [stock.reference_seconds / shared.reference_seconds for stock, shared in together],
             reference,
         ),
-        Measure(
-            "peak memory",
-            "GiB",
-            *(median(run.peak_bytes for run in runs) / GIB for runs in zip(*together, strict=True)),
-            [stock.peak_bytes / shared.peak_bytes for stock, shared in together],
-        ),
+        peak_memory(comparison, "stock", "shared"),
     ]
 
 
 def against_all_weights(comparison: Comparison) -> list[Measure]:
     """Training step, memory of the optimizer and peak memory: this project, training all weights and some."""
-    full, selected = comparison.shared, comparison.other
-    if comparison.workload.trained:
-        full, selected = selected, full
+    names = ("other", "shared") if comparison.workload.trained else ("shared", "other")
+    full, selected = (getattr(comparison, name) for name in names)
     pairs = comparison.workload.rows_per_update
-    together = list(zip(full, selected, strict=True))
-    measures = [
+    return [
         Measure(
             "training step",
             "pairs/s",
             *(pairs / median(seconds(runs)) for runs in (full, selected)),
             step_ratios(full, selected),
-        )
+        ),
+        Measure(
+            "optimizer memory",
+            "GiB",
+            *(median(run.optimizer_bytes for run in runs) / GIB for runs in (full, selected)),
+            [one.optimizer_bytes / other.optimizer_bytes for one, other in zip(full, selected, strict=True)],
+        ),
+        peak_memory(comparison, *names),
     ]
-    for name, field in (("optimizer memory", "optimizer_bytes"), ("peak memory", "peak_bytes")):
-        measures.append(
-            Measure(
-                name,
-                "GiB",
-                *(median(getattr(run, field) for run in runs) / GIB for runs in (full, selected)),
-                [getattr(one, field) / getattr(other, field) for one, other in together],
-            )
-        )
-    return measures
+
+
+def peak_memory(comparison: Comparison, left: str, right: str) -> Measure:
+    """Of the runs that were made for it, one of each contender."""
+    one, other = (comparison.peak_bytes[name] for name in (left, right))
+    return Measure("peak memory", "GiB", one / GIB, other / GIB, [one / other])
 
 
 def seconds(runs: list[Run]) -> list[float]:

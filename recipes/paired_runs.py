@@ -1,6 +1,7 @@
 """Stock `trl.DPOTrainer` and this project's trainer in turn, on the same rows in the same micro-batches."""
 
 import copy
+import gc
 import tempfile
 import time
 import uuid
@@ -18,8 +19,8 @@ from arguments import Margin, Replay
 from errors import RecipeError
 from parameters import select_parameters
 from policy import share_prefixes
+from process_memory import PeakMemory, freed_memory_kept, freed_memory_returned
 from reference import ReferenceCache
-from throughput import PeakMemory
 from tokens import with_system_message
 from trainer import ShiftedMarginTrainer
 
@@ -44,6 +45,10 @@ class Workload:
     trained: list[str] | None  # patterns of trainable parameters; None: all
 
     @property
+    def title(self) -> str:
+        return f"{self.name}, model {self.model_name}"
+
+    @property
     def rows_per_update(self) -> int:
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
@@ -60,7 +65,6 @@ class Run:
     step_seconds: list[float]
     losses: list[float]  # of each micro-batch, the first update's too
     reference_seconds: float
-    peak_bytes: int  # above what the process held before the model was there
     optimizer_bytes: int
     order: list[int]  # row indices in the order of training, which may end before the last
     second_pass_forwards: int = 0  # of a reference pass over the same rows, its cache filled
@@ -77,37 +81,57 @@ class Comparison:
     stock: list[Run] = field(default_factory=list)
     shared: list[Run] = field(default_factory=list)
     other: list[Run] = field(default_factory=list)  # all weights where the workload trains some, else `down_proj`
+    order: list[int] = field(default_factory=list)  # row indices in the order of training
+    # By contender, above what the process held before the model was there.
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
 
-def compare(workload: Workload, rounds: int) -> Comparison:
-    """
-    Run the contenders in turn, `rounds` times, each from the same weights and with an empty reference cache. Who
-    begins changes from round to round.
-
-    Raises:
-        RecipeError: the losses of the two trainers differ, so their times say nothing.
-    """
+def measure_memory(workload: Workload) -> Comparison:
+    """Run each contender once, for its peak memory; their times are taken later, by `time_rounds`."""
     model = workload.build_model()
     sharing, dtype = share_prefixes(True, model, workload.args.max_length), model.dtype
     del model  # it would count as memory that was held before
     comparison = Comparison(workload, sharing, dtype)
-    others = None if workload.trained else SELECTIVE
-    contenders = {
-        "shared": lambda: run_shared(workload, workload.trained, sharing),
-        "stock": lambda: run_stock(workload, comparison.shared[0].order),
-        "other": lambda: run_shared(workload, others, sharing),
-    }
-    for index in range(rounds):
-        names = ["shared", "stock", "other"] if index % 2 == 0 else ["other", "stock", "shared"]
-        for name in names:
-            getattr(comparison, name).append(contenders[name]())
-    gap = loss_gap(comparison)
-    if not gap <= LOSS_TOLERANCE[torch.bfloat16 if workload.args.bf16 or workload.args.fp16 else dtype]:
+    with freed_memory_returned():
+        for name, run in contenders(comparison).items():
+            with PeakMemory() as memory:
+                comparison.order = run().order
+            comparison.peak_bytes[name] = memory.peak_bytes
+    return comparison
+
+
+def time_rounds(comparison: Comparison, rounds: int) -> None:
+    """
+    Run the contenders in turn, `rounds` times, each from the same weights and with an empty reference cache, in
+    memory that this process has already. Who begins changes from round to round.
+
+    Raises:
+        RecipeError: the losses of the two trainers differ, so their times say nothing.
+    """
+    runs = contenders(comparison)
+    with freed_memory_kept(0 if torch.cuda.is_available() else max(comparison.peak_bytes.values())):
+        for index in range(rounds):
+            for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
+                getattr(comparison, name).append(runs[name]())
+                gc.collect()  # a trainer holds itself in a circle
+    workload, gap = comparison.workload, loss_gap(comparison)
+    half = workload.args.bf16 or workload.args.fp16
+    if not gap <= LOSS_TOLERANCE[torch.bfloat16 if half else comparison.dtype]:
         raise RecipeError(
             f"{workload.name}: the losses of the two trainers differ by up to {gap:.2g}, so their times can't be "
             "compared; look whether the chat template or an added token differs between them"
         )
-    return comparison
+
+
+def contenders(comparison: Comparison) -> dict[str, Callable[[], Run]]:
+    """What runs in turn, by the name of its list. Stock TRL takes the rows in the order of the first that ran."""
+    workload, sharing = comparison.workload, comparison.sharing
+    others = None if workload.trained else SELECTIVE
+    return {
+        "shared": lambda: run_shared(workload, workload.trained, sharing),
+        "stock": lambda: run_stock(workload, comparison.order),
+        "other": lambda: run_shared(workload, others, sharing),
+    }
 
 
 def loss_gap(comparison: Comparison) -> float:
@@ -142,7 +166,7 @@ def run_stock(workload: Workload, order: list[int]) -> Run:
     dataset = Dataset.from_list(conversations)
     # TRL keeps reference log-probabilities under the rows' fingerprint: each run is to compute its own.
     dataset = dataset.select(range(len(dataset)), new_fingerprint=uuid.uuid4().hex)
-    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
+    with tempfile.TemporaryDirectory() as folder:
         model = workload.build_model()
         select_parameters(model, workload.trained)
         trainer = StockTrainer(
@@ -153,12 +177,12 @@ def run_stock(workload: Workload, order: list[int]) -> Run:
             processing_class=workload.tokenizer,
         )
         trainer.train()
-    return trainer.run(memory.peak_bytes, order)
+    return trainer.run(order)
 
 
 def run_shared(workload: Workload, trained: list[str] | None, sharing: bool) -> Run:
     """This project's trainer with these weights trained, and its second reference pass."""
-    with tempfile.TemporaryDirectory() as folder, PeakMemory() as memory:
+    with tempfile.TemporaryDirectory() as folder:
         model = workload.build_model()
         select_parameters(model, trained)
         trainer = SharedTrainer(
@@ -173,10 +197,9 @@ def run_shared(workload: Workload, trained: list[str] | None, sharing: bool) -> 
         )
         order = list(trainer._get_train_sampler())
         trainer.train()
-        run = trainer.run(memory.peak_bytes, order)
+        run = trainer.run(order)
         forwards = trainer.forwards
         trainer._precompute_ref_logps(workload.rows, "train", workload.args.per_device_train_batch_size)
-    run.peak_bytes = memory.peak_bytes
     run.second_pass_forwards, run.second_pass_seconds = trainer.forwards - forwards, trainer.reference_seconds
     return run
 
@@ -213,11 +236,11 @@ class Measured:
         self.losses.append(loss.detach())
         return loss
 
-    def run(self, peak_bytes: int, order: list[int]) -> Run:
+    def run(self, order: list[int]) -> Run:
         losses = torch.stack(self.losses).tolist()
         state = [value for values in self.optimizer.state.values() for value in values.values()]
         optimizer_bytes = sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
-        return Run(self.step_seconds[1:], losses, self.reference_seconds, peak_bytes, optimizer_bytes, order)
+        return Run(self.step_seconds[1:], losses, self.reference_seconds, optimizer_bytes, order)
 
 
 class StockTrainer(Measured, DPOTrainer):

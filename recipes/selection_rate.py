@@ -17,7 +17,7 @@ from arguments import Hygiene, Quotas, Score, Selection
 from buffer import select_rows
 from generated import LENGTHS, Lengths, generate_pairs, train_tokenizer
 from preferences import FEATURES
-from throughput import PeakMemory
+from process_memory import PeakMemory
 from tokens import render
 
 WRITTEN = 10_000  # rows that are made at a time

@@ -1,13 +1,10 @@
 """How fast a run trains: tokens and pairs per second, the share of the GPU's peak, tokens saved, peak memory."""
 
-import ctypes
-import gc
 import re
 import resource
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,37 +62,6 @@ def peak_memory() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class PeakMemory:
-    """
-    Context that measures the most bytes which its block holds at once, above what was held before: of the GPU's
-    memory as torch counts it, or else resident ones of this process (Linux).
-    """
-
-    peak_bytes = 0
-
-    def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier blocks have freed would be filled again, uncounted
-            Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is held now
-            self.before = _status("VmRSS")
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        held = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
-        self.peak_bytes = held - self.before
-
-
-def _status(field: str) -> int:
-    """A field of /proc/self/status, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 class Throughput(TrainerCallback):

@@ -1,5 +1,6 @@
 """The bench: both trainers are given the same rows and give the same losses, bounds by hand, refusals in one line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import workloads
 from bench_report import Measure, against_all_weights, against_stock, cells, report
 from errors import RecipeError
 from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
-from paired_runs import compare, loss_gap, token_bounds
+from paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bounds
 from parsing import build, resolve
 from selection_rate import SelectionRun, time_selection
-from throughput import GIB, PeakMemory
+from throughput import GIB
 from workloads import prepare_workload
 
 SMALL = ["--max_length=256", "--per_device_train_batch_size=2", "--pairs_per_update=4", "--use_cpu=true"]
@@ -47,7 +48,9 @@ def comparison(tmp_path_factory):
             "--datasets.0.columns", "{prompt: prompt, chosen: good, rejected: bad}", "--learning_rate", "1e-3",
             reference_pairs=13,
         )  # fmt: skip
-        yield compare(workload, rounds=1)
+        comparison = measure_memory(workload)
+        time_rounds(comparison, rounds=1)
+        yield comparison
 
 
 def test_both_trainers_see_the_same_rows_and_give_the_same_losses(comparison):
@@ -91,8 +94,23 @@ def test_losses_that_differ_are_refused(comparison, monkeypatch):
     runs = iter(comparison.stock + comparison.shared + comparison.other)
     monkeypatch.setattr(paired_runs, "run_stock", lambda *_: next(runs))
     monkeypatch.setattr(paired_runs, "run_shared", lambda *_: next(runs))
+    peaks = {"peak_bytes": comparison.peak_bytes}
+    again = Comparison(comparison.workload, comparison.sharing, comparison.dtype, **peaks)
     with pytest.raises(RecipeError, match=r"the losses of the two trainers differ by up to 0\.5"):
-        compare(comparison.workload, rounds=1)
+        time_rounds(again, rounds=1)
+
+
+def test_each_contender_has_its_peak_memory(comparison):
+    """Of the run that was made for it; down_proj alone takes less, and the ratio is of the two that a line names."""
+    assert set(comparison.peak_bytes) == {"stock", "shared", "other"} and min(comparison.peak_bytes.values()) > 0
+    made = Comparison(comparison.workload, True, torch.float32, comparison.stock, comparison.shared, comparison.other)
+    made.peak_bytes = {"stock": 6 * GIB, "shared": 2 * GIB, "other": GIB}
+    (*_, trainers), (*_, weights) = against_stock(made), against_all_weights(made)
+    assert (trainers.left, trainers.right, trainers.ratio) == (6, 2, 3)
+    assert (weights.left, weights.right, weights.ratio) == (2, 1, 2)
+    made.workload = dataclasses.replace(made.workload, trained=["down_proj"])  # the other one then trains all
+    (*_, weights) = against_all_weights(made)
+    assert (weights.left, weights.right, weights.ratio) == (1, 2, 0.5)
 
 
 def test_token_bounds_by_hand():
@@ -160,16 +178,6 @@ def test_selection_drops_what_is_made_to_be_dropped():
     assert run.seconds > 0 and run.peak_bytes >= 0
 
 
-def test_peak_memory_of_a_block():
-    """64 MiB are held and let go; 32 MiB that stay after an earlier block don't count."""
-    kept = torch.ones(8 * 2**20)
-    with PeakMemory() as memory:
-        held = torch.ones(16 * 2**20)
-        del held
-    assert 60 * 2**20 < memory.peak_bytes < 80 * 2**20
-    assert len(kept)
-
-
 def test_what_does_not_fit_is_told_after_the_rest_is_reported(comparison, monkeypatch, tmp_path):
     """Two plans of which the first needs more memory than there is."""
 
@@ -181,7 +189,8 @@ def test_what_does_not_fit_is_told_after_the_rest_is_reported(comparison, monkey
             raise outcome
         return outcome
 
-    monkeypatch.setattr(paired_runs, "compare", measured)
+    monkeypatch.setattr(paired_runs, "measure_memory", measured)
+    monkeypatch.setattr(paired_runs, "time_rounds", lambda *_: None)
     monkeypatch.setattr(workloads, "prepare_workload", lambda *_: comparison.workload)
     monkeypatch.setattr(bench, "prepare_environment", lambda: None)
     monkeypatch.setattr(bench, "ON_CPU", [[], []])
