@@ -53,19 +53,19 @@ with freed_memory_returned():
 with freed_memory_kept(96 * MIB):
     print(faults_of_a_block(), faults_of_a_block())
 """)
-    assert min(returned) > 0.9 and max(kept, kept_again) < 0.05
+    assert min(returned) > 0.9 and max(kept, kept_again) < 0.2
 
 
 def test_memory_that_is_returned_is_no_part_of_a_later_peak():
     """
     64 MiB in pieces, freed, and then 64 MiB in one are 64 MiB at most. glibc by itself would keep the pieces: it takes
-    blocks from the heap that are smaller than one that was freed, and a small block lies on top of them.
+    blocks from the heap that are smaller than one that was freed, and small blocks lie on top of them.
     """
     (peak,) = figures("""
 torch.ones(2 * MIB)
 with freed_memory_returned(), PeakMemory() as memory:
     held = [torch.ones(MIB // 4) for _ in range(64)]
-    small = torch.ones(1000)
+    small = [torch.ones(10_000) for _ in range(4)]
     del held
     held = torch.ones(16 * MIB)
 print(memory.peak_bytes / MIB)
