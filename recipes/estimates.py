@@ -10,7 +10,8 @@ from disk import Saved, disk_needed
 from findings import Findings
 from inspection import token_lengths
 from launching import Launch
-from memory import FakeModel, MicroBatch, Part, Work, largest_micro_batch, phases, states
+from memory import Part, Work, phases, states
+from memory_trace import FakeModel, MicroBatch, largest_micro_batch
 from pairs import Pairs
 from parsing import Resolved
 from prefix import unsupported_reason
