@@ -2,7 +2,10 @@
 
 from types import SimpleNamespace
 
-from disk import Saved, checkpoints_kept, disk_needed
+import pytest
+
+from disk import Saved, check_disk, checkpoints_kept, disk_needed
+from errors import RecipeError
 from launching import Launch
 from memory import Work, phases, states
 
@@ -97,3 +100,9 @@ def test_bytes_of_a_checkpoint():
     assert Saved(100, 40, 4, 0).checkpoint("adamw_torch", True) == 400
     needed, what = disk_needed(Saved(100, 40, 4, 0), saving(), steps=1000)
     assert needed == 3 * 720 + 400 and what.startswith("3 checkpoints of")
+
+
+def test_a_disk_that_is_too_small(tmp_path):
+    check_disk(tmp_path / "not" / "yet", 1, "3 checkpoints")
+    with pytest.raises(RecipeError, match="3 checkpoints need 1000000.0 GB and .* GB are free"):
+        check_disk(tmp_path / "not" / "yet", 10**15, "3 checkpoints")
