@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import signal
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 from accelerate.state import DistributedType
-from transformers import TrainerCallback
 from transformers.utils import logging
 
-from errors import SAVED_ON_SIGNAL, RecipeError, full_disk, leave
-from ranks import first_rank_decides, rank
+from errors import RecipeError, full_disk
+from ranks import first_rank_decides
 
 logger = logging.get_logger(__name__)
 
@@ -228,57 +225,6 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
             f"going on with {launch['world_size']} processes from {then['world_size']}: the same rows in the same "
             "updates, the same optimizer and schedule; rounding and dropout masks differ from an unbroken run"
         )
-
-
-class StopOnSignal(TrainerCallback):
-    """
-    SIGTERM or SIGUSR1 (preemption, Slurm's signal before the end) on any rank: all of them finish the update, save,
-    and stop. After `train`, `exit_if_stopped` ends the process with `SAVED_ON_SIGNAL`; before the first update there
-    is nothing to save, and the process ends with it at once (what a reference pass has computed is kept).
-    """
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        self.training = self.stopped = False
-        self.process = os.getpid()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _note(self, number: int, _: Any) -> None:
-        if os.getpid() != self.process:  # a forked worker, which its pool ends by SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
-        if not self.training:
-            print(f"stopped by {self.received} before the first update; start again as before", flush=True)
-            raise SystemExit(SAVED_ON_SIGNAL)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.training = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        stop = self.received is not None
-        if dist.is_initialized():
-            flag = torch.tensor(int(stop), device=args.device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            stop = bool(flag)
-        if stop:
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def exit_if_stopped(self, step: int) -> None:
-        """End the process if a signal stopped the training at `step`, which is saved."""
-        if not self.stopped:
-            return
-        if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be putting the checkpoint in place
-        if rank() == 0:
-            print(
-                f"stopped by a signal at step {step}, which is saved; start again with resume_from_checkpoint: auto",
-                flush=True,
-            )
-        if run := getattr(sys.modules.get("wandb"), "run", None):
-            run.finish(exit_code=SAVED_ON_SIGNAL)
-        leave(SAVED_ON_SIGNAL)
 
 
 def _numbered(output_dir: Path) -> list[Path]:

@@ -1,15 +1,18 @@
 """Disk that a run's checkpoints and its final model take, held against what is free before the run starts."""
 
 import math
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from errors import RecipeError
+from output_folder import existing_parent
 from parameters import count_parameters
 from parsing import Resolved
 from ranks import first_rank_decides
-from runs import check_disk
 
 # Tensors of a trained weight's size that an optimizer keeps; adafactor's are of its rows and columns.
 OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
@@ -65,6 +68,20 @@ def disk_needed(saved: Saved, args: Any, steps: int) -> tuple[int, str]:
     if not kept:
         return bytes_, "the final weights"
     return bytes_, f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / 1e9:.1f} GB and the final weights"
+
+
+def check_disk(folder: str | Path, needed: int, what: str) -> None:
+    """
+    Raises:
+        RecipeError: less than `needed` bytes are free where `folder` is or will be; `what` says for what.
+    """
+    place = existing_parent(Path(folder))
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise RecipeError(
+            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on that disk; make room, "
+            "choose another output_dir, or keep fewer checkpoints (save_total_limit)"
+        )
 
 
 def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:

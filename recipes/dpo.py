@@ -21,13 +21,14 @@ def main() -> None:
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from buffer import refuse_overlap
-    from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from checkpoints import check_fits, checkpoint_to_resume, launched_as
     from disk import check_room
     from pairs import prepare_pairs
     from parameters import lora_config, select_parameters
     from policy import load_model, open_cache, share_prefixes, verify_saved
     from ranks import agree, rank
     from results import finish, show_selection
+    from stopping import StopOnSignal
     from tokens import load_tokenizer
     from trainer import ShiftedMarginTrainer, reference_gaps
     from watch import Watch

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from disk import Saved, disk_needed
+from disk import Saved, check_disk, disk_needed
 from findings import Findings
 from inspection import token_lengths
 from launching import Launch
-from memory import FakeModel, MicroBatch, Part, Work, largest_micro_batch, phases, states
+from memory import Part, Work, phases, states
+from memory_trace import FakeModel, MicroBatch, largest_micro_batch
 from pairs import Pairs
 from parsing import Resolved
 from prefix import unsupported_reason
 from replay import ReplaySampler
 from report import print_table
-from runs import check_disk
 from throughput import GIB
 
 PROVED_ROWS = 4  # that a run scores with what it has saved: both answers of two pairs

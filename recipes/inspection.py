@@ -14,13 +14,15 @@ from buffer import refuse_overlap
 from errors import RecipeError
 from findings import Findings
 from margins import first_losses
+from output_folder import claim_output_dir
 from pairs import Pairs, prepare_pairs
 from parsing import Resolved
 from preferences import load_conversations, load_preferences
 from report import number, print_table
 from results import show_selection
-from runs import check_model_path, claim_output_dir, hub_is_reachable, why_wandb_is_offline
+from runs import check_model_path, hub_is_reachable
 from tokens import lead_with, load_tokenizer, render
+from tracking import why_wandb_is_offline
 
 SHOWN_CHARACTERS = 1200  # of each part of a pair
 SAMPLE = 2000  # conversations that an SFT check tokenises

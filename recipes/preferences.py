@@ -15,9 +15,10 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from arguments import Columns, DatasetEntry
-from columns import FLAGS, MESSAGE, NULL, TEXT, Batch, check_columns, find, join, named
-from conversations import Conversations, append, contains, equal, flags, split_last, to_lists
+from columns import MESSAGE, NULL, TEXT, check_columns, find, named
+from conversations import flags
 from errors import RecipeError
+from mapped_batches import PAIRED, read_answers, read_batch, read_conversations, read_pairs
 from sources import draw_fraction, load_rows, place, source_names
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
@@ -39,13 +40,6 @@ FEATURES = Features(
         "role": Value("string"),
     }
 )
-# Three facts that come as a pair: the key that goes with `responses`, the keys that go with chosen and rejected, and
-# how they are read.
-PAIRED = (
-    ("safe", "chosen_safe", "rejected_safe", Batch.safe, pa.bool_()),
-    ("severity", "chosen_severity", "rejected_severity", Batch.severity, pa.int64()),
-    ("scores", "score_chosen", "score_rejected", Batch.score, pa.float64()),
-)
 
 BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `bad_rows: drop` left out
 
@@ -54,7 +48,8 @@ WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
 CODE = hashlib.sha256(
     b"".join(
-        Path(__file__).with_name(f"{name}.py").read_bytes() for name in ("preferences", "columns", "conversations")
+        Path(__file__).with_name(f"{name}.py").read_bytes()
+        for name in ("preferences", "mapped_batches", "columns", "conversations")
     )
 ).hexdigest()
 
@@ -84,7 +79,7 @@ def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | Non
         _check_pairs(entry)
         fixed = {"source": source, "role": entry.role, "extra": extra}
         features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
-        rows, dropped = _map(entry, source, seed, num_proc, _read_pairs, features, fixed)
+        rows, dropped = _map(entry, source, seed, num_proc, read_pairs, features, fixed)
         parts.append(rows)
         bad += dropped
     return datasets.concatenate_datasets(parts), bad
@@ -102,7 +97,7 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
     parts = []
     for entry, source in zip(entries, source_names(entries), strict=True):
         if entry.columns.conversation is not None:
-            read, fixed = _read_conversations, {"source": source}
+            read, fixed = read_conversations, {"source": source}
             others = [f"columns.{key}" for key, _ in named(entry.columns) if key not in ("conversation", "row_id")]
             if others or entry.answer != "chosen":
                 raise RecipeError(
@@ -111,7 +106,7 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
                 )
         else:
             entry = _with_answer(entry)
-            read, fixed = _read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
+            read, fixed = read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
             _check_pairs(entry)
         features = Features({"messages": MESSAGES, "row_id": Value("string")})
         rows, bad = _map(entry, source, seed, num_proc, read, features, fixed)
@@ -200,7 +195,7 @@ def _map(
         rows = rows.select(kept)
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
     mapped = rows.with_format("arrow").map(
-        _read_batch,
+        read_batch,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -271,130 +266,3 @@ def _summary(reasons: list[str], numbers: np.ndarray, total: int) -> str:
         "mend the source" if len(reasons) == total else "mend them, or set `bad_rows: drop` to go on without them"
     )
     return f"{len(reasons)} of {total} rows can't be used (rows count from 0): {'; '.join(faults)}; {way_out}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Batches: plain functions with explicit arguments, so that a second run finds their result in the cache
-# ---------------------------------------------------------------------------------------------------------------------
-def _read_batch(
-    table: pa.Table,
-    positions: list[int],
-    read: Callable[..., dict[str, pa.Array]],
-    numbers: np.ndarray,
-    columns: Columns,
-    kinds: dict[str, str],
-    fixed: dict,
-) -> pa.Table:
-    """A batch through `read`. `numbers` are the rows' numbers in their source, by position. Shape: (rows,)."""
-    batch = Batch(table, columns, kinds)
-    ids = batch.text(columns.row_id) if columns.row_id else pa.array(numbers[positions]).cast(pa.string())
-    batch.note(flags(ids.is_null()), f"`{columns.row_id}` is null")
-    ids = pc.binary_join_element_wise(fixed["source"], pc.fill_null(ids, "null"), ":")
-    values = read(batch, **fixed)
-    return pa.table({**values, "row_id": ids, "fault": pa.array(batch.faults, pa.string())})
-
-
-def _read_pairs(batch: Batch, source: str, role: str, extra: list[str]) -> dict[str, pa.Array]:
-    """The columns of `FEATURES` and the `extra` ones."""
-    columns, n = batch.columns, len(batch.table)
-    first, second = columns.responses or (columns.chosen, columns.rejected)
-    heads, answers = [], []
-    for name in (first, second):
-        head, answer = _split_answer(batch, name, batch.conversation(name, "assistant"))
-        heads.append(head)
-        answers.append(answer)
-    batch.note(~equal(*heads), f"`{first}` and `{second}` have different prompts")
-    values = {"prompt": _prompt(batch, heads[0], first)}
-
-    swap, tie = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-    if columns.better is not None:
-        swap = batch.choice(columns.better)
-    elif columns.preference is not None:
-        preference = batch.score(columns.preference).to_numpy(zero_copy_only=False)
-        swap, tie = preference > 0, preference == 0
-    in_order = [pa.array(~swap), pa.array(swap)]  # whether the first response is chosen, and whether it is rejected
-    values |= {key: pc.if_else(mask, *answers) for key, mask in zip(("chosen", "rejected"), in_order, strict=True)}
-
-    for both, chosen, rejected, read, type_ in PAIRED:
-        names = getattr(columns, both)
-        sides = names or [getattr(columns, chosen), getattr(columns, rejected)]
-        pair = [read(batch, side) if isinstance(side, str) else pa.array([side] * n, type_) for side in sides]
-        if names:
-            pair = [pc.if_else(mask, *pair) for mask in in_order]
-        values |= {chosen: pair[0], rejected: pair[1]}
-
-    equal_scores = flags(pc.equal(values["score_chosen"], values["score_rejected"]))
-    values["tie"] = pa.array(tie | equal_scores)
-    values["category"] = _category(batch)
-    values |= {key: pa.array([value] * n, pa.string()) for key, value in (("source", source), ("role", role))}
-    for name in extra:
-        values[name] = batch.score(name) if name in columns.extra else pa.nulls(n, pa.float64())
-    return values
-
-
-def _read_answers(batch: Batch, source: str, role: str, extra: list[str], answer: str) -> dict[str, pa.Array]:
-    """The prompt and one answer of each pair, as a conversation."""
-    pairs = _read_pairs(batch, source, role, extra)
-    learn = pairs["rejected" if answer == "rejected" else "chosen"]
-    if answer == "safer":
-        # Positive: the rejected answer is the safer one. Labels come first, severities break their ties.
-        by_label = _gap(pairs["rejected_safe"], pairs["chosen_safe"])
-        by_severity = _gap(pairs["chosen_severity"], pairs["rejected_severity"])
-        batch.note(np.isnan(by_label) & np.isnan(by_severity), "no safety label or severity of both answers")
-        swap = np.where(np.nan_to_num(by_label) != 0, by_label, by_severity) > 0
-        learn = pc.if_else(pa.array(swap), pairs["rejected"], pairs["chosen"])
-    batch.note(flags(pc.equal(pc.utf8_trim_whitespace(learn), "")), "the answer to learn is empty")
-    prompts = pairs["prompt"]
-    lengths = pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
-    flat = pc.list_flatten(prompts)
-    prompt = Conversations(lengths, pc.struct_field(flat, ["role"]), pc.struct_field(flat, ["content"]))
-    return {"messages": to_lists(append(prompt, learn))}
-
-
-def _read_conversations(batch: Batch, source: str) -> dict[str, pa.Array]:
-    """Whole conversations."""
-    name = batch.columns.conversation
-    conversations = batch.conversation(name, "assistant")
-    _, answer = _split_answer(batch, name, conversations)
-    batch.note(flags(pc.equal(pc.utf8_trim_whitespace(answer), "")), f"`{name}` ends in an empty answer")
-    return {"messages": to_lists(conversations)}
-
-
-def _gap(left: pa.Array, right: pa.Array) -> np.ndarray:
-    left, right = (side.cast(pa.int64()).cast(pa.float64()).to_numpy(zero_copy_only=False) for side in (left, right))
-    return left - right
-
-
-def _split_answer(batch: Batch, name: str, conversations: Conversations) -> tuple[Conversations, pa.Array]:
-    """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
-    head, roles, answer = split_last(conversations)
-    batch.note(flags(pc.not_equal(roles, "assistant")), f"`{name}` does not end in a message of the assistant")
-    return head, answer
-
-
-def _prompt(batch: Batch, head: Conversations, answer_name: str) -> pa.Array:
-    """The prompt that a column names, or what comes before the answer; where both exist they must agree."""
-    name = batch.columns.prompt
-    has_head = head.lengths > 0
-    if name is None:
-        batch.note(~has_head, f"`{answer_name}` has no prompt before its answer")
-        return to_lists(head)
-    prompt = batch.conversation(name, "user")
-    if batch.kinds[name] == TEXT and batch.columns.turns is None:
-        agree = contains(head, prompt.contents)
-    else:
-        agree = equal(head, prompt)
-    batch.note(has_head & ~agree, f"`{name}` is not the prompt that `{answer_name}` begins with")
-    rows = np.arange(len(has_head))
-    both = pa.concat_arrays([to_lists(prompt), to_lists(head)])
-    return both.take(pa.array(np.where(has_head, rows + len(rows), rows)))
-
-
-def _category(batch: Batch) -> pa.Array:
-    """One text per row: the texts and the names of the true flags, joined by commas."""
-    names = batch.columns.category
-    names = [names] if isinstance(names, str) else names or []
-    flagged = [name for name in names if batch.kinds[name] == FLAGS]
-    texts = [batch.text(name) for name in names if name not in flagged]
-    texts += [batch.flag_names(flagged)] if flagged else []
-    return join(texts) if texts else pa.nulls(len(batch.table), pa.string())

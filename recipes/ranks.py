@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 from errors import RecipeError, full_disk
-from runs import flatten
+from reading import flatten
 
 Result = TypeVar("Result")
 

@@ -1,43 +1,22 @@
-"""What surrounds a run on its machine: environment, network, wandb, output folder, model folder, disk."""
+"""What surrounds a run on its machine: environment, network, versions, model and tokenizer."""
 
-import contextlib
 import ctypes
 import importlib.util
-import json
-import netrc
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import urllib.parse
 import urllib.request
-import uuid
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from errors import RecipeError
 
-RUN_FILES = ["recipe.yaml", "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
-RUN_FILES += ["trainer_state.json", "all_results.json", "metrics.jsonl", "selection.json"]
-
-# What may change when a run goes on: where it runs and what it reports, but nothing that the numbers depend on. The
-# batch is held against the checkpoint, as pairs per update, since devices and accumulation may trade places.
-MAY_CHANGE = {
-    "output_dir", "resume_from_checkpoint", "num_processes", "per_device_train_batch_size",
-    "per_device_eval_batch_size", "gradient_accumulation_steps", "report_to", "run_name", "logging_steps",
-    "logging_strategy", "logging_first_step", "logging_dir", "log_level", "disable_tqdm", "save_steps",
-    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "dataset_num_proc",
-    "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "reference_cache",
-}  # fmt: skip
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
 
@@ -101,129 +80,6 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **installed}
 
 
-def prepare_wandb(output_dir: str | Path) -> str | None:
-    """
-    Make wandb work as it stands: offline where there is no login or no network, and one run per output folder, which
-    is resumed under its id. Call it on rank 0, before training, if the recipe reports to wandb.
-
-    Returns:
-        Why it is offline, for a line in the log; None if it is online, or WANDB_MODE was set.
-    """
-    reason = None
-    if "WANDB_MODE" not in os.environ:
-        reason = why_wandb_is_offline()
-        os.environ["WANDB_MODE"] = "offline" if reason else "online"
-    memory = Path(output_dir) / "wandb_id.txt"
-    if "WANDB_RUN_ID" not in os.environ:
-        if not memory.exists():
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            memory.write_text(uuid.uuid4().hex[:12])
-        os.environ["WANDB_RUN_ID"] = memory.read_text().strip()
-    os.environ.setdefault("WANDB_RESUME", "allow")
-    os.environ.setdefault("WANDB_DIR", str(output_dir))
-    return reason
-
-
-def why_wandb_is_offline() -> str | None:
-    """Why a run could not report to wandb's server from here; None if it could."""
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
-        return "the run is offline (HF_HUB_OFFLINE=1)"
-    if not _logged_in(host.hostname):
-        return "no login (set WANDB_API_KEY, or run `wandb login`)"
-    if not _reachable(host.hostname, host.port or (80 if host.scheme == "http" else 443)):
-        return f"{host.hostname} cannot be reached"
-    return None
-
-
-def start_wandb(
-    output_dir: str | Path, recipe: Mapping[str, Any], audit: str | Path | None, run_name: str | None = None
-) -> str | None:
-    """
-    `prepare_wandb`, and the job's run with the resolved recipe and the selection's audit (a JSON file) attached. The
-    Trainer's callback then logs to this run. Call it on rank 0.
-
-    Raises:
-        RecipeError: wandb does not start, e.g. because it does not know the key.
-    """
-    reason = prepare_wandb(output_dir)
-    import wandb  # only here: it reads the environment at import, and most runs do without
-
-    try:
-        run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "shifted-margin"), name=run_name, config={"recipe": dict(recipe)}
-        )
-    except Exception as error:  # wandb's own kinds, whichever part of it fails
-        line = str(error).strip().splitlines()[0]
-        raise RecipeError(f"wandb does not start: {line}; mend the login, or set WANDB_MODE=offline") from error
-    if audit is not None:
-        run.config.update({"selection": json.loads(Path(audit).read_text())}, allow_val_change=True)
-    return reason
-
-
-def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: bool) -> None:
-    """
-    Refuse an output folder that cannot be written or that belongs to another run. Nothing is left behind.
-
-    Args:
-        output_dir: the folder, which need not exist.
-        recipe: the resolved recipe, as it will be saved to recipe.yaml: plain values, nested.
-        resume: whether to go on with the run in the folder; it must have the same recipe but for `MAY_CHANGE`.
-
-    Raises:
-        RecipeError: with the way out.
-    """
-    folder = Path(output_dir)
-    check_writable(folder)
-    found = sorted(path.name for pattern in RUN_FILES for path in folder.glob(pattern))
-    if not found:
-        return
-    if not resume:
-        raise RecipeError(
-            f"output_dir {folder} holds another run ({', '.join(found[:3])}{', …' if len(found) > 3 else ''}); choose "
-            "another output_dir, or go on with that run by resume_from_checkpoint: auto"
-        )
-    if "recipe.yaml" not in found:
-        raise RecipeError(
-            f"output_dir {folder} holds {found[0]} but no recipe.yaml, so it is not known which run that is; choose "
-            "another output_dir, or name the checkpoint by resume_from_checkpoint"
-        )
-    theirs, ours = (flatten(tree) for tree in (yaml.safe_load((folder / "recipe.yaml").read_text()) or {}, recipe))
-    differ = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-    differ = [key for key in differ if key.split(".")[-1] not in MAY_CHANGE]
-    if differ:
-        shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise RecipeError(
-            f"output_dir {folder} holds a run of another recipe ({shown}{more}); choose another output_dir, or go on "
-            "with the recipe.yaml of that folder"
-        )
-
-
-def check_writable(folder: Path) -> None:
-    """
-    Write a file under `folder`, or where it will be made, and take it away again.
-
-    Raises:
-        RecipeError: that does not work.
-    """
-    place = _existing_parent(folder)
-    made = folder.absolute().relative_to(place).parts
-    try:
-        folder.mkdir(parents=True, exist_ok=True)  # also tells a file that stands in the way
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0")
-    except OSError as error:
-        raise RecipeError(
-            f"output_dir {folder} cannot be written ({error.strerror}: {error.filename or folder}); choose another "
-            "output_dir, or mend the access to it"
-        ) from error
-    finally:
-        for depth in range(len(made), 0, -1):
-            with contextlib.suppress(OSError):
-                place.joinpath(*made[:depth]).rmdir()
-
-
 def check_model_path(path: str, revision: str | None = None) -> None:
     """
     Refuse a model that is not there before transformers turns it into a riddle or a retry loop.
@@ -262,7 +118,7 @@ def hub_is_reachable() -> bool:
     from huggingface_hub import constants  # reads the environment at import
 
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    return _reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
+    return reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
 
 
 def check_tokenizer(tokenizer: Any, path: str) -> None:
@@ -282,45 +138,8 @@ def check_tokenizer(tokenizer: Any, path: str) -> None:
         )
 
 
-def check_disk(folder: str | Path, needed: int, what: str) -> None:
-    """
-    Raises:
-        RecipeError: less than `needed` bytes are free where `folder` is or will be; `what` says for what.
-    """
-    place = _existing_parent(Path(folder))
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise RecipeError(
-            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on that disk; make room, "
-            "choose another output_dir, or keep fewer checkpoints (save_total_limit)"
-        )
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping under dotted keys; lists are leaves."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def _logged_in(host: str) -> bool:
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc(os.environ.get("NETRC", os.path.expanduser("~/.netrc"))).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def _reachable(host: str, port: int, seconds: float = 3.0) -> bool:
+def reachable(host: str, port: int, seconds: float = 3.0) -> bool:
+    """Whether a server answers."""
     if urllib.request.getproxies():
         return True  # a proxy stands between; only a real request could tell
     try:

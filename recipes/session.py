@@ -6,16 +6,11 @@ from typing import TYPE_CHECKING
 
 from arguments import DatasetEntry
 from errors import RecipeError
-from parsing import Kind, Resolved, build, resolve, save_recipe
-from runs import (
-    check_model_path,
-    check_writable,
-    claim_output_dir,
-    go_offline_if_local,
-    spare_cpu_compile,
-    start_wandb,
-    versions,
-)
+from output_folder import check_writable, claim_output_dir
+from parsing import Resolved, build, resolve, save_recipe
+from runs import check_model_path, go_offline_if_local, spare_cpu_compile, versions
+from tracking import start_wandb
+from validation import Kind
 
 if TYPE_CHECKING:
     from audit import Audit

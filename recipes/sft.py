@@ -18,13 +18,14 @@ def main() -> None:
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from checkpoints import StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from checkpoints import check_fits, checkpoint_to_resume, launched_as
     from disk import check_room
     from parameters import lora_config, select_parameters
     from policy import load_model, verify_saved
     from preferences import load_conversations
     from ranks import agree, caches_in_turn, rank
     from results import finish_sft, show_lengths
+    from stopping import StopOnSignal
     from tokens import ids_digest, lead_with, load_tokenizer, template_errors
     from trainer import ConversationTrainer
     from watch import Watch

@@ -22,8 +22,9 @@ import margins
 import trl_keys
 from combinations import MARGIN_SETTINGS
 from errors import RecipeError
-from parsing import SECTIONS, _hints, _schema, parse, resolve, save_recipe, usage
+from parsing import parse, resolve, save_recipe, usage
 from reading import dump, load
+from validation import SECTIONS, _hints, _schema
 
 ROOT = Path(__file__).parents[1]
 DPO = """\

@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import MANIFEST, StopOnSignal, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
 from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
+from stopping import StopOnSignal
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
 
 

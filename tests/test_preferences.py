@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 import columns as column_module
 import conversations as flat
+import mapped_batches
 import preferences
 import sources
 from arguments import Columns, DatasetEntry, Messages, Turns
@@ -390,7 +391,7 @@ def test_no_module_knows_a_source_by_name():
     """Every difference between sources stands in YAML."""
     names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
     names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
-    for module in (preferences, column_module, flat, sources):
+    for module in (preferences, mapped_batches, column_module, flat, sources):
         text = Path(module.__file__).read_text().lower()
         assert not [name for name in names if name in text], module.__name__
 
@@ -450,7 +451,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise AssertionError("mapped again")
 
-    monkeypatch.setattr(preferences, "_read_batch", unreachable)
+    monkeypatch.setattr(preferences, "read_batch", unreachable)
     rows, _ = load_preferences([entry], seed=1)
     assert len(rows) == 20
     with pytest.raises(AssertionError, match="mapped again"):

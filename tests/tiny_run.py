@@ -78,11 +78,12 @@ def run(options: Options) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from checkpoints import CompleteCheckpoints, StopOnSignal, check_fits, checkpoint_to_resume, launched_as
+    from checkpoints import CompleteCheckpoints, check_fits, checkpoint_to_resume, launched_as
     from conftest import build_model
     from errors import exits_cleanly
     from ranks import join_processes, rank
     from runs import spare_cpu_compile
+    from stopping import StopOnSignal
     from tripwires import Tripwires
     from watch import Watch
 
