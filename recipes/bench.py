@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from environment import go_offline_if_local, prepare_environment
 from errors import RecipeError, exits_cleanly
 from parsing import build, resolve
-from runs import go_offline_if_local, prepare_environment
 
 DEFAULT = Path(__file__).with_name("bench.yaml")
 # What is run where the user names neither a model nor rows: sizes and sources of recipes/generated.py.

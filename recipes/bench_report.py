@@ -9,9 +9,9 @@ from statistics import median
 import torch
 from matplotlib.figure import Figure
 
+from environment import versions
 from paired_runs import SELECTIVE, Comparison, Run, loss_gap, token_bounds
 from report import print_table
-from runs import versions
 from selection_rate import SelectionRun
 from throughput import GIB
 

@@ -12,6 +12,7 @@ import numpy as np
 import yaml
 
 from arguments import Margin
+from environment import versions
 from losses import row_margin
 from margins import class_table
 from report import (
@@ -27,7 +28,6 @@ from report import (
     series,
     stage_table,
 )
-from runs import versions
 from trl_keys import DEFAULTS
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from environment import go_offline_if_local, prepare_environment
 from errors import USER_ERROR, exits_cleanly
 from findings import Findings
 from launching import Launch, launch_faults, read_launch
 from parsing import Resolved, build, resolve
-from runs import go_offline_if_local, prepare_environment
 
 
 @exits_cleanly

@@ -4,6 +4,7 @@ import importlib.util
 from typing import Any
 
 from arguments import DatasetEntry, EvaluateRecipe, Margin, PreferenceRecipe, Replay, SFTRecipe
+from entries import check_conversations, check_preferences
 from errors import RecipeError
 from losses import PRESETS
 from reading import Document, did_you_mean, show
@@ -28,6 +29,8 @@ def check_sources(kind: str, document: Document, recipe: Recipe) -> None:
             raise document.refuse(("datasets", index, "role"), "an SFT stage replays nothing; remove it")
     if recipe.datasets and all(entry.role == "buffer" for entry in recipe.datasets):
         raise document.refuse(("datasets",), "all entries are buffer; an epoch is the task set, so one must be a task")
+    for entries in (recipe.datasets, recipe.eval_datasets):
+        (check_conversations if kind == "sft" else check_preferences)(entries)
 
 
 def check_training(document: Document, recipe: Recipe, given: Given) -> None:

@@ -6,8 +6,8 @@ Align a model on preference pairs: selective buffer, shifted reward margin, sele
 
 from functools import partial
 
+from environment import prepare_environment
 from errors import exits_cleanly
-from runs import prepare_environment
 
 
 @exits_cleanly
@@ -34,6 +34,7 @@ def main() -> None:
     from watch import Watch
 
     watch, stop = Watch(), StopOnSignal()
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     if recipe.eval_datasets:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
@@ -74,7 +75,6 @@ def main() -> None:
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 

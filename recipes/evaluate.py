@@ -7,8 +7,8 @@ Hold a checkpoint against preference rows (loss, rewards, both accuracies, per p
 
 from dataclasses import replace
 
+from environment import prepare_environment
 from errors import exits_cleanly
-from runs import prepare_environment
 
 
 @exits_cleanly

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import DatasetEntry
 from buffer import refuse_overlap
+from environment import check_model_path, hub_is_reachable
 from errors import RecipeError
 from findings import Findings
 from margins import first_losses
@@ -20,7 +21,6 @@ from parsing import Resolved
 from preferences import load_conversations, load_preferences
 from report import number, print_table
 from results import show_selection
-from runs import check_model_path, hub_is_reachable
 from tokens import lead_with, load_tokenizer, render
 from tracking import why_wandb_is_offline
 

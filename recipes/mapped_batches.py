@@ -12,14 +12,14 @@ import pyarrow.compute as pc
 from arguments import Columns
 from columns import FLAGS, TEXT, Batch, join
 from conversations import Conversations, append, contains, equal, flags, split_last, to_lists
+from entries import PAIRED
 
-# Three facts that come as a pair: the key that goes with `responses`, the keys that go with chosen and rejected, and
-# how they are read.
-PAIRED = (
-    ("safe", "chosen_safe", "rejected_safe", Batch.safe, pa.bool_()),
-    ("severity", "chosen_severity", "rejected_severity", Batch.severity, pa.int64()),
-    ("scores", "score_chosen", "score_rejected", Batch.score, pa.float64()),
-)
+# How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
+READERS = {
+    "safe": (Batch.safe, pa.bool_()),
+    "severity": (Batch.severity, pa.int64()),
+    "scores": (Batch.score, pa.float64()),
+}
 
 
 def read_batch(
@@ -61,7 +61,8 @@ def read_pairs(batch: Batch, source: str, role: str, extra: list[str]) -> dict[s
     in_order = [pa.array(~swap), pa.array(swap)]  # whether the first response is chosen, and whether it is rejected
     values |= {key: pc.if_else(mask, *answers) for key, mask in zip(("chosen", "rejected"), in_order, strict=True)}
 
-    for both, chosen, rejected, read, type_ in PAIRED:
+    for both, chosen, rejected in PAIRED:
+        read, type_ = READERS[both]
         names = getattr(columns, both)
         sides = names or [getattr(columns, chosen), getattr(columns, rejected)]
         pair = [read(batch, side) if isinstance(side, str) else pa.array([side] * n, type_) for side in sides]

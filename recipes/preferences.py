@@ -15,11 +15,12 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from arguments import Columns, DatasetEntry
-from columns import MESSAGE, NULL, TEXT, check_columns, find, named
+from columns import MESSAGE, NULL, TEXT, check_columns, find
 from conversations import flags
+from entries import check_conversations, check_preferences, place, source_names, with_answer
 from errors import RecipeError
-from mapped_batches import PAIRED, read_answers, read_batch, read_conversations, read_pairs
-from sources import draw_fraction, load_rows, place, source_names
+from mapped_batches import read_answers, read_batch, read_conversations, read_pairs
+from sources import draw_fraction, load_rows
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 FEATURES = Features(
@@ -49,7 +50,7 @@ WORKER_ROWS = 10_000  # rows that are worth a process of their own
 CODE = hashlib.sha256(
     b"".join(
         Path(__file__).with_name(f"{name}.py").read_bytes()
-        for name in ("preferences", "mapped_batches", "columns", "conversations")
+        for name in ("preferences", "mapped_batches", "entries", "columns", "conversations")
     )
 ).hexdigest()
 
@@ -68,15 +69,10 @@ def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | Non
         RecipeError: an entry that can't be loaded, a mapping that doesn't fit its columns, or bad rows under
             `bad_rows: error`.
     """
+    check_preferences(entries)
     extra = sorted({name for entry in entries for name in entry.columns.extra})
     parts, bad = [], []
     for entry, source in zip(entries, source_names(entries), strict=True):
-        if entry.columns.conversation or entry.columns.safer or entry.answer != "chosen":
-            raise RecipeError(
-                f"{place(entry)}: columns.conversation, columns.safer and `answer` choose what the SFT stage learns; "
-                "remove them from an entry of preference pairs"
-            )
-        _check_pairs(entry)
         fixed = {"source": source, "role": entry.role, "extra": extra}
         features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
         rows, dropped = _map(entry, source, seed, num_proc, read_pairs, features, fixed)
@@ -92,83 +88,22 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
     follows; rows left out by `bad_rows: drop` are counted in a warning.
 
     Raises:
-        RecipeError: as `load_preferences`; or `answer: safer` without a `safer` column, safety labels or severities.
+        RecipeError: as `load_preferences`, and as `entries.check_conversations`.
     """
+    check_conversations(entries)
     parts = []
     for entry, source in zip(entries, source_names(entries), strict=True):
         if entry.columns.conversation is not None:
             read, fixed = read_conversations, {"source": source}
-            others = [f"columns.{key}" for key, _ in named(entry.columns) if key not in ("conversation", "row_id")]
-            if others or entry.answer != "chosen":
-                raise RecipeError(
-                    f"{place(entry)}: columns.conversation holds whole conversations; remove "
-                    + (others or ["`answer`"])[0]
-                )
         else:
-            entry = _with_answer(entry)
+            entry = with_answer(entry)
             read, fixed = read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
-            _check_pairs(entry)
         features = Features({"messages": MESSAGES, "row_id": Value("string")})
         rows, bad = _map(entry, source, seed, num_proc, read, features, fixed)
         for reason, count in Counter(row["reason"] for row in bad).items():
             logging.getLogger(__name__).warning("%s: %d rows dropped: %s", place(entry), count, reason)
         parts.append(rows.select_columns("messages"))
     return datasets.concatenate_datasets(parts)
-
-
-def _with_answer(entry: DatasetEntry) -> DatasetEntry:
-    """The entry of an SFT stage whose pairs are in the order that `answer` asks for, if its labels can tell."""
-    columns = entry.columns
-    if columns.safer is not None:
-        if entry.answer != "safer" or not columns.responses:
-            raise RecipeError(
-                f"{place(entry)}: columns.safer goes with `answer: safer` and columns.responses; set both"
-            )
-        # The safer response takes the better one's place, and is then the chosen one.
-        columns = dataclasses.replace(columns, better=columns.safer, preference=None, safer=None)
-        return dataclasses.replace(entry, columns=columns, answer="chosen")
-    if entry.answer == "safer" and all(
-        getattr(columns, key) is None for key in ("safe", "severity", "chosen_safe", "chosen_severity")
-    ):
-        raise RecipeError(
-            f"{place(entry)}: `answer: safer` needs columns.safer, safety labels or severities; name one of them, or "
-            "set `answer: chosen`"
-        )
-    return entry
-
-
-def _check_pairs(entry: DatasetEntry) -> None:
-    """Refuse a mapping that contradicts itself, or leaves out what a pair needs."""
-    columns, where = entry.columns, place(entry)
-    given = {key for key, value in vars(columns).items() if value is not None}
-    if columns.responses is not None:
-        sides = {key for _, *keys, _, _ in PAIRED for key in keys if isinstance(getattr(columns, key), str)}
-        sides |= given & {"chosen", "rejected"}
-        if sides:
-            raise RecipeError(
-                f"{where}: columns.responses and columns.{min(sides)} exclude each other; with responses use better "
-                "or preference, safe, severity and scores"
-            )
-        if len(given & {"better", "preference"}) != 1:
-            raise RecipeError(f"{where}: columns.responses needs columns.better or columns.preference, and not both")
-    else:
-        if not {"chosen", "rejected"} <= given:
-            raise RecipeError(
-                f"{where}: the mapping names no pair; set columns.chosen and columns.rejected, or columns.responses "
-                "with better or preference"
-            )
-        if alone := given & {"better", "preference", "safe", "severity", "scores"}:
-            raise RecipeError(f"{where}: columns.{min(alone)} goes with columns.responses, which isn't set; remove it")
-    for both, chosen, rejected, _, _ in PAIRED:
-        if (chosen in given) != (rejected in given):
-            raise RecipeError(f"{where}: columns.{chosen} and columns.{rejected} go together; set both or neither")
-        if both in given and chosen in given:
-            raise RecipeError(f"{where}: columns.{both} and columns.{chosen} exclude each other; remove one")
-    for name in columns.extra:
-        if name in FEATURES:
-            raise RecipeError(
-                f"{where}: columns.extra names {name!r}, which is a name of the rows' own; rename the column"
-            )
 
 
 def _map(

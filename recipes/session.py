@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from arguments import DatasetEntry
+from environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from errors import RecipeError
 from output_folder import check_writable, claim_output_dir
 from parsing import Resolved, build, resolve, save_recipe
-from runs import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from tracking import start_wandb
 from validation import Kind
 

@@ -4,8 +4,8 @@ Teach a model to answer, the stage before preferences: TRL's SFTTrainer over the
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft.py --config my.yaml [--key value …]
 """
 
+from environment import prepare_environment
 from errors import exits_cleanly
-from runs import prepare_environment
 
 
 @exits_cleanly
@@ -31,6 +31,7 @@ def main() -> None:
     from watch import Watch
 
     watch, stop = Watch(), StopOnSignal()
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
@@ -60,7 +61,6 @@ def main() -> None:
     agree("conversations", lambda: ids_digest(trainer.train_dataset, ["input_ids"]))
     if rank() == 0:
         show_lengths(trainer, len(train))
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
     begin(resolved)

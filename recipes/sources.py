@@ -17,37 +17,15 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session, httpx
 
 from arguments import DatasetEntry
+from entries import BUILDERS, files_of, place
 from errors import RecipeError
 from reading import did_you_mean
 
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
 
 # It prints what a failure raises as well; here every failure is one line, which also names the file's line.
 logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
-
-
-def place(entry: DatasetEntry) -> str:
-    """How messages name the source: the path and, where there are some, its configuration and files."""
-    details = ([entry.name] if entry.name else []) + _files(entry)
-    return f"{entry.path} ({', '.join(details)})" if details else entry.path
-
-
-def _files(entry: DatasetEntry) -> list[str]:
-    return [entry.data_files] if isinstance(entry.data_files, str) else entry.data_files or []
-
-
-def source_names(entries: list[DatasetEntry]) -> list[str]:
-    """The name of each source in row ids and in the audit; two entries of one name would share their row ids."""
-    names = []
-    for entry in entries:
-        by_builder = entry.path in BUILDERS.values() and _files(entry)  # e.g. path: json, data_files: pairs.jsonl
-        names.append(entry.source or Path(_files(entry)[0] if by_builder else entry.path).name)
-    for name in names:
-        if names.count(name) > 1:
-            raise RecipeError(f"datasets: {names.count(name)} entries are called {name!r}; name each with `source:`")
-    return names
 
 
 def load_rows(entry: DatasetEntry) -> Dataset:
@@ -91,7 +69,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
             options["name"], split = _folder_holds(target, entry, where)
         rows = datasets.load_dataset(target, split=split, **options)
     except DatasetGenerationError as error:
-        fault = _first_fault(path, _files(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
+        fault = _first_fault(path, files_of(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
         raise RecipeError(f"{where}: {fault}") from error
     except ConnectionError as error:
         raise RecipeError(
@@ -103,7 +81,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
     except FileNotFoundError as error:
         if not entry.data_files:
             raise RecipeError(f"{where}: {_one_line(error)}") from error
-        raise RecipeError(f"{where}: no such file; correct `data_files`{_near(path / _files(entry)[0])}") from error
+        raise RecipeError(f"{where}: no such file; correct `data_files`{_near(path / files_of(entry)[0])}") from error
     except (DatasetsError, OSError, ValueError) as error:
         if "corresponds to no data" in str(error):
             raise RecipeError(f"{where}: no rows in split {entry.split!r}") from error

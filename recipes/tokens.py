@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from errors import RecipeError
-from runs import check_tokenizer
 
 
 def load_tokenizer(
@@ -40,6 +39,23 @@ def load_tokenizer(
         tokenizer.pad_token = pad_token
     check_tokenizer(tokenizer, path)
     return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """
+    Refuse a tokenizer that cannot pad a batch or write a chat.
+
+    Raises:
+        RecipeError: no pad token, no end token or no chat template.
+    """
+    if tokenizer.pad_token is None:
+        raise RecipeError(f"tokenizer of {path} has no pad token; set one, e.g. pad_token: <unk>, in the recipe")
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"tokenizer of {path} has no end token (eos_token); save one with the tokenizer")
+    if not tokenizer.chat_template:
+        raise RecipeError(
+            f"tokenizer of {path} has no chat template; start from a model that has one, or set chat_template_path"
+        )
 
 
 def template_digest(tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from environment import reachable
 from errors import RecipeError
-from runs import reachable
 
 
 def prepare_wandb(output_dir: str | Path) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from arguments import DatasetEntry
+from environment import check_model_path
 from errors import RecipeError
 from generated import LENGTHS, SHAPES, random_model, train_tokenizer, write_pairs
 from paired_runs import Workload
@@ -18,7 +19,6 @@ from parsing import Resolved
 from policy import load_model
 from preferences import load_preferences
 from reading import did_you_mean
-from runs import check_model_path
 from tokens import load_tokenizer
 
 GENERATED = "generated/"  # before the name of a source in `LENGTHS`: rows of its lengths are made

@@ -156,6 +156,11 @@ BAD_STARTS = [
     ),
     BadStart("file in the way", r"output_dir .*cannot be written \(Not a directory", file_in_the_way, keeps="file"),
     BadStart("output folder of another run", r"output_dir .* holds another run", another_run, keeps="run/recipe.yaml"),
+    BadStart(
+        "checkpoint that is not there",
+        r"resume_from_checkpoint: .*checkpoint-9: it is not a folder",
+        put("resume_from_checkpoint", value="FOLDER/run/checkpoint-9"),
+    ),
     BadStart("no model folder", r"model .*/modell: no such folder", put("model_name_or_path", value="FOLDER/modell")),
     BadStart("model without a config", r"the folder has no config.json", lose("model/config.json")),
     BadStart("model without weights", r"model .* cannot be loaded|no weights", lose("model/model.safetensors")),
@@ -165,6 +170,11 @@ BAD_STARTS = [
         "no data file",
         r"taks.jsonl: no such file; .*did you mean .?task.jsonl",
         put("datasets", 0, "path", value="FOLDER/taks.jsonl"),
+    ),
+    BadStart(
+        "mapping without a pair in the second source",
+        r"buffer.jsonl: the mapping names no pair",
+        put("datasets", 1, "columns", value={"chosen": "chosen"}),
     ),
     BadStart("column that is not there", r"task.jsonl: .*chosen_text", put(*COLUMN, "chosen", value="chosen_text")),
     BadStart("column missing in the rows", r"task.jsonl: .*rejected_safe", rows("task", rejected_safe=...)),

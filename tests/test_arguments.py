@@ -18,7 +18,9 @@ from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 import combinations
+import entries
 import margins
+import preferences
 import trl_keys
 from combinations import MARGIN_SETTINGS
 from errors import RecipeError
@@ -220,6 +222,22 @@ COMBINATIONS = [
         "gradient_accumulation_steps: 4, but pairs_per_update 32 = 4 per device x 8 x 1 processes",
     ),
     (DPO, "--num_processes 2", "num_processes: 2, but the launcher started 1", "--num_processes 2"),
+    # Mappings, before any source is loaded: none of these files is there.
+    (DPO, "--datasets.1.columns {chosen: a}", "buffer.jsonl: the mapping names no pair; set columns.chosen"),
+    (DPO, "--datasets.1.columns.better b", "buffer.jsonl: columns.better goes with columns.responses"),
+    (DPO, "--datasets.1.columns.extra [tie]", "buffer.jsonl: columns.extra names 'tie', which is a name of the rows'"),
+    (DPO, "--datasets.1.answer rejected", "buffer.jsonl: columns.conversation, columns.safer and `answer` choose"),
+    (DPO, "--datasets.1.path task.jsonl", "datasets: 2 entries are called 'task.jsonl'; name each with `source:`"),
+]
+SFT_MAPPINGS = [
+    ("{path: x, columns: {conversation: m, score_chosen: 0}}", "remove columns.score_chosen"),
+    ("{path: x, columns: {conversation: m, extra: [e]}}", "remove columns.extra"),
+    ("{path: x, columns: {conversation: m}, answer: rejected}", "remove `answer`"),
+    ("{path: x, answer: safer, columns: {chosen: a, rejected: b}}", "`answer: safer` needs columns.safer, safety"),
+    (
+        "{path: x, answer: safer, columns: {chosen: a, rejected: b, safer: s}}",
+        "columns.safer goes with `answer: safer`",
+    ),
 ]
 COMMAND_LINES = [
     (["--config"], "--config has no value"),
@@ -282,6 +300,15 @@ def test_bad_combinations(write, text, overrides, words):
     message = refusal("dpo", with_overrides(write(text), overrides))
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(("entry", "words"), SFT_MAPPINGS)
+@pytest.mark.parametrize("key", ["datasets", "eval_datasets"])
+def test_bad_mappings_of_an_sft_stage(write, key, entry, words):
+    good = "{path: y, columns: {conversation: m, messages: {role: from, content: value}, row_id: i}}"
+    recipe = f"model_name_or_path: tiny\noutput_dir: o\nbf16: false\ndatasets: [{good}]\n"
+    resolve("sft", ["--config", write(recipe)])
+    assert words in refusal("sft", ["--config", write(recipe), f"--{key}", f"[{good}, {entry}]"])
 
 
 @pytest.mark.parametrize(("argv", "words"), COMMAND_LINES)
@@ -373,8 +400,10 @@ def test_the_tables_agree_with_trl_on_defaults(kind, config):
     _schema(kind).model_validate_json(json.dumps(ours | required))
 
 
-def test_pair_classes_are_those_of_the_rows():
+def test_names_written_out_are_those_of_the_rows():
+    """Twice, so that a recipe is read without the libraries of the rows."""
     assert combinations.PAIR_CLASSES == margins.PAIR_CLASSES
+    assert tuple(preferences.FEATURES) == entries.ROW_COLUMNS
 
 
 def test_the_tables_agree_with_transformers_on_choices():
@@ -572,7 +601,10 @@ def test_precision_that_the_machine_lacks(write, monkeypatch):
 
 def test_what_transformers_refuses_is_one_line(write):
     argv = ["--config", write(DPO), "--load_best_model_at_end", "true", "--eval_strategy", "epoch"]
-    argv += ["--eval_datasets", "[{path: x, columns: {chosen: c, chosen_safe: true}}]"]
+    argv += [
+        "--eval_datasets",
+        "[{path: x, columns: {chosen: c, rejected: r, chosen_safe: true, rejected_safe: true}}]",
+    ]
     with pytest.raises(RecipeError, match="save and eval strategy to match") as caught:
         parse("dpo", argv)
     assert "\n" not in str(caught.value)

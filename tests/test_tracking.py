@@ -6,7 +6,7 @@ import socket
 import pytest
 
 import tracking
-from test_runs import in_fresh_process
+from test_environment import in_fresh_process
 
 
 @pytest.fixture

@@ -80,9 +80,9 @@ def run(options: Options) -> None:
 
     from checkpoints import CompleteCheckpoints, check_fits, checkpoint_to_resume, launched_as
     from conftest import build_model
+    from environment import spare_cpu_compile
     from errors import exits_cleanly
     from ranks import join_processes, rank
-    from runs import spare_cpu_compile
     from stopping import StopOnSignal
     from tripwires import Tripwires
     from watch import Watch
@@ -159,7 +159,7 @@ def outcome(output_dir: Path) -> tuple[str | None, list[float], dict]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    from runs import prepare_environment
+    from environment import prepare_environment
 
     prepare_environment()
     asked = Options(**json.loads(sys.argv[1]))

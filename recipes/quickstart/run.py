@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules in recipes/
 
+from environment import prepare_environment
 from errors import RecipeError, exits_cleanly
 from parsing import resolve
-from runs import prepare_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "quickstart"

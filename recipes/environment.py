@@ -1,4 +1,4 @@
-"""What surrounds a run on its machine: environment, network, versions, model and tokenizer."""
+"""What surrounds a run: environment, network, versions, and whether its model is to be had."""
 
 import ctypes
 import importlib.util
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from errors import RecipeError
 
@@ -119,23 +118,6 @@ def hub_is_reachable() -> bool:
 
     hub = urllib.parse.urlsplit(constants.ENDPOINT)
     return reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
-
-
-def check_tokenizer(tokenizer: Any, path: str) -> None:
-    """
-    Refuse a tokenizer that cannot pad a batch or write a chat.
-
-    Raises:
-        RecipeError: no pad token, no end token or no chat template.
-    """
-    if tokenizer.pad_token is None:
-        raise RecipeError(f"tokenizer of {path} has no pad token; set one, e.g. pad_token: <unk>, in the recipe")
-    if tokenizer.eos_token is None:
-        raise RecipeError(f"tokenizer of {path} has no end token (eos_token); save one with the tokenizer")
-    if not tokenizer.chat_template:
-        raise RecipeError(
-            f"tokenizer of {path} has no chat template; start from a model that has one, or set chat_template_path"
-        )
 
 
 def reachable(host: str, port: int, seconds: float = 3.0) -> bool:

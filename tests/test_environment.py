@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import runs
-from conftest import build_tokenizer
+import environment
 from errors import RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -28,7 +27,8 @@ def in_fresh_process(code: str, **environment: str | None) -> str:
 
 
 def test_nothing_heavy_is_imported_before_the_environment_is_set():
-    code = "import runs, sys; print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+    heavy = {"torch", "transformers", "datasets", "huggingface_hub"}
+    code = f"import environment, sys; print({heavy} & set(sys.modules))"
     assert in_fresh_process(code) == "set()"
 
 
@@ -36,17 +36,17 @@ def test_threads_are_this_processes_share(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    runs.prepare_environment()
+    environment.prepare_environment()
     assert "OMP_NUM_THREADS" not in os.environ, "alone, torch may take all cores"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    runs.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "4"
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    runs.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "3", "the user's own stays"
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    runs.prepare_environment()
+    environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
@@ -56,46 +56,46 @@ def test_local_paths_take_the_libraries_offline(loaded_before, tmp_path):
     load = "import datasets, huggingface_hub, transformers\n"
     hub = "huggingface_hub.is_offline_mode(), transformers.utils.hub.is_offline_mode()"
     look = f"print({hub}, datasets.config.HF_HUB_OFFLINE)"
-    switch = f"import runs; print(runs.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
+    switch = f"import environment; print(environment.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
     code = load + switch + look if loaded_before else switch + load + look
     assert in_fresh_process(code, HF_HUB_OFFLINE=None) == "True\nTrue True True"
 
 
 def test_a_name_of_the_hub_stays_online(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert not runs.go_offline_if_local([str(tmp_path), "mistralai/Mistral-7B-v0.1"])
+    assert not environment.go_offline_if_local([str(tmp_path), "mistralai/Mistral-7B-v0.1"])
     assert "HF_HUB_OFFLINE" not in os.environ
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert runs.go_offline_if_local(["mistralai/Mistral-7B-v0.1"])
+    assert environment.go_offline_if_local(["mistralai/Mistral-7B-v0.1"])
 
 
 def test_versions_name_what_counts():
-    assert {"python", "torch", "transformers", "trl", "accelerate", "datasets"} <= runs.versions().keys()
+    assert {"python", "torch", "transformers", "trl", "accelerate", "datasets"} <= environment.versions().keys()
 
 
 # ------------------------------------------------------------------------------------------ model and tokenizer
 
 
 def test_a_saved_model_passes(model_folder):
-    runs.check_model_path(model_folder)
+    environment.check_model_path(model_folder)
 
 
 @pytest.mark.parametrize("path", ["./runs/sft", "/no/such/model", "runs/quickstart/sft", "~/model"])
 def test_a_missing_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no earlier run has left a model
     with pytest.raises(RecipeError, match=f"model {path}: no such folder"):
-        runs.check_model_path(path)
+        environment.check_model_path(path)
 
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(RecipeError, match="the folder has no config.json"):
-        runs.check_model_path(str(tmp_path))
+        environment.check_model_path(str(tmp_path))
 
 
 def test_offline_a_hub_name_is_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RecipeError, match="neither a folder here nor in the Hub's cache, and the run is offline"):
-        runs.check_model_path("nobody/no-such-model")
+        environment.check_model_path("nobody/no-such-model")
 
 
 def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
@@ -108,15 +108,4 @@ def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(RecipeError, match="nor in the Hub's cache, and 127.0.0.1 cannot be reached"):
-            runs.check_model_path("nobody/no-such-model")
-
-
-def test_tokenizers():
-    tokenizer = build_tokenizer()
-    runs.check_tokenizer(tokenizer, "tiny")
-    template, tokenizer.chat_template = tokenizer.chat_template, None
-    with pytest.raises(RecipeError, match="tokenizer of tiny has no chat template"):
-        runs.check_tokenizer(tokenizer, "tiny")
-    tokenizer.chat_template, tokenizer.pad_token = template, None
-    with pytest.raises(RecipeError, match="tokenizer of tiny has no pad token"):
-        runs.check_tokenizer(tokenizer, "tiny")
+            environment.check_model_path("nobody/no-such-model")
