@@ -84,7 +84,7 @@ def main() -> None:
     stop.exit_if_stopped(trainer.state.global_step)
     trainer.save_model()
     shown = train.token_ids(2)
-    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown, tokenizer.pad_token_id)
+    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
     finish(trainer, output, held_out, recipe.margin)
     watch.stop()
 

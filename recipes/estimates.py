@@ -19,8 +19,6 @@ from replay import ReplaySampler
 from report import print_table
 from throughput import GIB
 
-PROVED_ROWS = 4  # that a run scores with what it has saved: both answers of two pairs
-
 
 def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> int:
     """The size of an update and the number of them; returns the latter. `updates`: in an epoch."""
@@ -140,7 +138,7 @@ def inspect_memory(
         accumulates=args.gradient_accumulation_steps > 1,
         autocast=torch.bfloat16 if half and not launch.zero_stage else None,
     )
-    proof = model.trace_proof(MicroBatch(rows=PROVED_ROWS, length=batch.longest))
+    proof = model.trace_proof(batch.longest)
     lasting = states(model.total, model.trained, work)
     passing = phases(model.total, model.trained, traced, proof, work)
     peak = sum(part.bytes for part in lasting if not part.on_host)

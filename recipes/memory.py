@@ -26,13 +26,13 @@ On top come, never at once:
   what is fetched ahead, min(N, 5·10⁷)·w.
 - **the update** under ZeRO: a float32 copy of this process's gradients, 4·P / n (ZeRO-3: of at most 10⁹ elements).
 - **the proof of what was saved**: rank 0 loads the saved weights beside the trained ones, N·(bytes of `dtype`), and
-  scores a few padded rows with them; traced as well.
+  scores a row with them, traced as well; without DeepSpeed the gradients are gone by then.
 
 Not in it: the context of CUDA and NCCL, the imports of a CPU process, fragmentation, and what glibc keeps of freed
-memory. Held against the training peaks of CPU rehearsals in float32 with 63.4 M parameters, gradient checkpointing and
-MALLOC_MMAP_THRESHOLD_=131072, the imports subtracted: one process 1.12 GiB estimated and 1.19 measured, down_proj
-alone 0.46 and 0.52; ZeRO-3 on two processes 1.37 and 1.50, down_proj alone 0.65 and 0.74. Without that setting glibc
-kept more of what was freed, and they took 0.3 to 0.6 GiB more. No GPU was measured.
+memory. Held against the peaks of whole CPU runs in float32 with 63.4 M parameters and gradient checkpointing, imports
+subtracted and freed memory given back at once (`tests/torture.py --only memory`): one process 1.10 GiB estimated and
+1.15 measured, down_proj alone 0.64 and 0.58; ZeRO-3 on two processes 1.53 and 1.50, down_proj alone 0.81 and 0.77. As
+glibc keeps freed memory by itself, such runs took 0.3 to 0.6 GiB more. No GPU was measured.
 """
 
 from dataclasses import dataclass
@@ -118,4 +118,8 @@ def phases(total: int, trained: int, micro_batch: int, proof: int, work: Work) -
         own = min(trained / n, SUB_GROUP) if stage == 3 else trained / n
         found.append(Part("update", f"{own / 1e9:.3f}e9 x 4 B", own * 4, work.launch.offload_optimizer))
     formula = f"{total / 1e9:.3f}e9 x {work.weight_bytes} B + {proof / 2**30:.2f} GiB traced"
-    return [*found, Part("proof of what was saved", formula, total * work.weight_bytes + proof)]
+    needed = total * work.weight_bytes + proof
+    if not stage:  # DeepSpeed's gradients stay in their buffers
+        formula += f" - {trained / 1e9:.3f}e9 x {work.forward_bytes} B of gradients"
+        needed -= trained * work.forward_bytes
+    return [*found, Part("proof of what was saved", formula, needed)]

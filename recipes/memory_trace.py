@@ -119,14 +119,13 @@ class FakeModel:
         kept = sum(weight.numel() * weight.element_size() for weight in weights) if gradients_kept else 0
         return max(0, alive.peak - kept)
 
-    def trace_proof(self, batch: MicroBatch) -> int:
-        """Most bytes alive while padded rows are scored (as `policy.verify_saved` does), beyond the weights."""
+    def trace_proof(self, length: int) -> int:
+        """Most bytes alive while a row of this length is scored (`policy.verify_saved`), beyond the weights."""
         alive = LiveBytes(self.policy)
         with self.mode, torch.device("cpu"), torch.no_grad(), alive:
             self.policy.eval()
-            ids, mask = _padded(batch)
-            logits = self.policy(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logits[:, :-1].float().log_softmax(-1)
+            logits = self.policy(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False).logits
+            logits[0, :-1].float().log_softmax(-1)
         return alive.peak
 
     def _forward(self, batch: MicroBatch) -> torch.Tensor:

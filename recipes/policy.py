@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import (
     is_deepspeed_zero3_enabled,
@@ -104,7 +103,6 @@ def verify_saved(
     trained: torch.nn.Module,
     accelerator: Accelerator,
     rows: list[list[int]],
-    pad_token_id: int,
 ) -> float:
     """
     Load the saved weights again and compare the log-probabilities of a few rows with the trained model's.
@@ -120,15 +118,12 @@ def verify_saved(
     Raises:
         RecipeError: it is above float error; on every rank.
     """
-    tensors = [torch.tensor(row) for row in rows]
-    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id).to(accelerator.device)
-    mask = pad_sequence([torch.ones_like(row) for row in tensors], batch_first=True).to(accelerator.device)
-    expected = _row_logps(trained, ids, mask, accelerator)
+    expected = _row_logps(trained, rows, accelerator)
 
     def compare() -> float:
         with loaded_whole(accelerator):
             saved = load_saved(base, folder).to(accelerator.device)
-            found = _row_logps(saved, ids, mask, accelerator)
+            found = _row_logps(saved, rows, accelerator)
         difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
         half = saved.dtype != torch.float32 or accelerator.mixed_precision != "no"
         if not difference <= (HALF_ERROR if half else FLOAT_ERROR):
@@ -142,14 +137,16 @@ def verify_saved(
 
 
 @torch.no_grad()
-def _row_logps(
-    model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor, accelerator: Accelerator
-) -> torch.Tensor:
-    """Log-probability of each row after its first token. Shapes: ids and mask (B, T), returns (B,)."""
+def _row_logps(model: torch.nn.Module, rows: list[list[int]], accelerator: Accelerator) -> torch.Tensor:
+    """Log-probability of each row after its first token, one by one: the logits of all would be the run's peak."""
     training = model.training
     model.eval()
-    with accelerator.autocast():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    sums = []
+    for row in rows:
+        ids = torch.tensor([row], device=accelerator.device)
+        with accelerator.autocast():
+            logits = model(input_ids=ids, use_cache=False).logits
+        sums.append(logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
+        del logits
     model.train(training)
-    chosen = logits[:, :-1].float().log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
-    return (chosen * mask[:, 1:]).sum(1)
+    return torch.stack(sums)

@@ -68,7 +68,7 @@ def main() -> None:
     stop.exit_if_stopped(trainer.state.global_step)
     trainer.save_model()
     shown = trainer.train_dataset[:4]["input_ids"]
-    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown, tokenizer.pad_token_id)
+    verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
     finish_sft(trainer, output)
     watch.stop()
 

@@ -56,6 +56,10 @@ def test_without_deepspeed_by_hand():
     alone = Launch("x", "NO", 1)
     work = Work(alone, half=True, weight_bytes=4, optim="adamw_torch")
     assert by_name(states(100, 50, work)) == {"weights": 400, "gradients": 200, "optimizer": 400}
+    # When the saved weights are loaded beside the trained ones, the gradients are gone.
+    assert by_name(phases(100, 50, 123, 456, work)) == {
+        "forward and backward": 123, "proof of what was saved": 400 + 456 - 200,
+    }  # fmt: skip
     ddp = Work(Launch("x", "MULTI_GPU", 2), half=True, weight_bytes=2, optim="sgd", live_reference=True)
     assert by_name(states(100, 50, ddp)) == {"weights": 200, "gradients": 200, "optimizer": 0, "reference model": 200}
 

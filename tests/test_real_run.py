@@ -80,7 +80,7 @@ def test_saved_weights_that_are_not_the_trained_ones_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     rows = [[1, 5, 9, 7], [1, 8], [1, 6, 6, 6, 2]]
     base = ModelConfig(model_name_or_path=str(tmp_path), dtype="float32")
-    settings = (str(tmp_path), base, model, Accelerator(cpu=True), rows, 0)
+    settings = (str(tmp_path), base, model, Accelerator(cpu=True), rows)
     assert verify_saved(*settings) < 1e-6
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight += 0.05

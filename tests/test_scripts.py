@@ -85,12 +85,12 @@ def test_weights_that_were_saved_wrongly_are_told(model_folder, tmp_path):
     trained = build_model()
     trained.save_pretrained(tmp_path)
     accelerator = Accelerator(cpu=True)
-    assert verify_saved(str(tmp_path), config, trained, accelerator, rows, 0) < 1e-6
+    assert verify_saved(str(tmp_path), config, trained, accelerator, rows) < 1e-6
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RecipeError, match="loaded again, give other log-probabilities"):
-        verify_saved(str(tmp_path), config, trained, accelerator, rows, 0)
+        verify_saved(str(tmp_path), config, trained, accelerator, rows)
 
 
 def test_the_steps_after_the_last_log_have_their_loss_too(folder):

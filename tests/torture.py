@@ -46,6 +46,7 @@ CONFIG = ROOT / "accelerate_configs" / "zero3-cpu.yaml"
 AUTO = ["--resume_from_checkpoint", "auto"]
 LOST_NODE_SECONDS = 60
 BAD_START_SECONDS = 30
+MEMORY_BOUND = 0.15
 
 
 @dataclass
@@ -263,8 +264,27 @@ def starts(work: Workspace, count: int, draw: random.Random) -> Iterator[Row]:
     yield Row("bad starts", f"one line each, none over {BAD_START_SECONDS} s", found, good == len(tried))
 
 
+def memory(work: Workspace, count: int, draw: random.Random) -> Iterator[Row]:
+    """What recipes/check.py estimates for a process, against what the run takes at its peak."""
+    import memory_run
+
+    folder = work.folder / "memory"
+    folder.mkdir()
+    recipe = memory_run.prepare(folder)
+    for launch in ("cpu", "zero3-cpu"):
+        for trained, arguments in (("all weights", []), ("down_proj", ["--trainable_parameters", "[down_proj]"])):
+            config = CONFIG.with_name(f"{launch}.yaml")
+            estimate = memory_run.estimated(recipe, config, arguments)
+            peak = memory_run.measured(recipe, config, arguments, folder / f"{launch}-{trained}")
+            found = f"{estimate:.2f} GiB estimated, {peak:.2f} measured ({estimate / peak - 1:+.0%})"
+            say(f"{launch}.yaml, {trained}: {found}")
+            holds = abs(estimate / peak - 1) <= MEMORY_BOUND
+            yield Row(f"memory of a process, {launch}.yaml, {trained}", f"within {MEMORY_BOUND:.0%}", found, holds)
+
+
 ROWS = {
     "equal": equal, "nodes": nodes, "kills": kills, "kills-zero3": kills_zero3, "damage": damage, "starts": starts,
+    "memory": memory,
 }  # fmt: skip
 
 
