@@ -58,7 +58,7 @@ test: $(SETUP) ## all tests, the slow end-to-end runs included
 test-fast: $(SETUP) ## the tests without the end-to-end runs
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-torture: $(SETUP) ## kill, damage and mislead real runs, then print what held; ARGS="--only kills --count 5" for a part
+torture: $(SETUP) ## kill, damage, mislead and measure real runs, then print what held; ARGS="--only kills --count 5" for a part
 	$(PYTHON) tests/torture.py $(ARGS)
 
 style: $(SETUP) ## format and mend what can be mended
