@@ -1,15 +1,17 @@
 """From the recipe's datasets to what the trainer reads: load, select, tokenise, and give each row its margin."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from arguments import DatasetEntry, PreferenceRecipe
+from arguments import DatasetEntry, PreferenceRecipe, Selection
 from audit import Audit
 from buffer import select_rows
 from margins import margin_warnings, pair_classes, row_margins
@@ -51,6 +53,17 @@ class Pairs:
         return xxhash.xxh3_128_hexdigest(numbers + (tokens + self.audit.digest).encode())
 
 
+class Gaps:
+    """The reference's gap of each row by its id, in the form that `select_rows` asks for it."""
+
+    def __init__(self, row_ids: Sequence[str], gaps: np.ndarray) -> None:
+        self.row_ids, self.gaps = pa.array(row_ids), gaps
+        self.digest = xxhash.xxh3_128_hexdigest(gaps.tobytes())
+
+    def __call__(self, rows: Dataset) -> np.ndarray:
+        return self.gaps[pc.index_in(pa.array(rows["row_id"]), value_set=self.row_ids).to_numpy()]
+
+
 def prepare_pairs(
     entries: list[DatasetEntry],
     recipe: PreferenceRecipe,
@@ -89,7 +102,8 @@ def prepare_pairs(
 
     rows, bad_rows = caches_in_turn(lambda: load_preferences(entries, seed, num_proc))
 
-    def select() -> tuple[Dataset, Audit]:
+    def select(settings: Selection, gaps: Gaps | None = None) -> tuple[Dataset, Audit]:
+        digest = None if tokenizer is None else template_digest(tokenizer, recipe.system_message)
         return select_rows(
             rows,
             settings,
@@ -97,16 +111,21 @@ def prepare_pairs(
             max_length=max_length,
             count_prompt_tokens=None if tokenizer is None else count_prompt_tokens,
             eval_prompts=None if held_out is None else held_out.dataset["prompt"],
-            reference_gap=lambda rows: reference_gaps(tokenize(rows)[0]),
+            reference_gap=gaps,
             hygiene_only=evaluation,
             num_proc=num_proc,
             bad_rows=bad_rows,
-            # Decisions that the reference model took are not kept: its weights are no part of this key.
-            cache_key=None if by_reference or tokenizer is None else template_digest(tokenizer, recipe.system_message),
+            cache_key=digest and digest + (gaps.digest if gaps else ""),
         )
 
-    # The reference model's pass is work of all ranks at once.
-    kept, audit = select() if by_reference else caches_in_turn(select)
+    gaps = None
+    if by_reference:
+        # The reference scores what hygiene and labels leave, on all ranks at once; the rest is one rank's work.
+        left, _ = caches_in_turn(lambda: select(replace(settings, score=None, quotas=None)))
+        if settings.score.role != "all":
+            left = left.select(np.flatnonzero(np.asarray(left["role"]) == settings.score.role))
+        gaps = Gaps(left["row_id"], reference_gaps(caches_in_turn(lambda: tokenize(left)[0])))
+    kept, audit = caches_in_turn(lambda: select(settings, gaps))
     tokenized, cut = (kept, {}) if tokenizer is None else caches_in_turn(lambda: tokenize(kept))
     values = row_margins(tokenized, recipe.margin)
     warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")

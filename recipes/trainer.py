@@ -2,10 +2,13 @@
 
 import contextlib
 import copy
+import gc
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
@@ -97,14 +100,16 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         # Without a reference there is nothing to load: the precomputed columns are then zeros.
         precompute = args.precompute_ref_log_probs
         args.precompute_ref_log_probs = precompute or margin.reference_free
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            processing_class=processing_class,
-            data_collator=collator,
-            **kwargs,
-        )
+        # TRL digests all weights, as float32 and on every rank, for a cache of its own that is not used here.
+        with patch("trl.trainer.dpo_trainer.hash_module"):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+                data_collator=collator,
+                **kwargs,
+            )
         if self.ref_model is not None:
             # TRL leaves the reference's head to log-probabilities alone; one head for both is one code path.
             add_fused_lm_head(self.accelerator.unwrap_model(self.ref_model), outputs=HEAD_OUTPUTS)
@@ -144,9 +149,11 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
                 self.reference_cache,
                 self._reference_pass,
                 batch_size=batch_size,
+                padded=not self.prefix_sharing,
                 accelerator=self.accelerator,
                 description=f"Reference log-probabilities ({name})",
             )
+            self._end_reference_engine()
         dataset = dataset.add_column("ref_chosen_logps", chosen)
         return dataset.add_column("ref_rejected_logps", rejected)
 
@@ -161,6 +168,17 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         with self.accelerator.autocast():
             outputs = self._reference_outputs(model, batch)
         return outputs.chosen_logps, outputs.rejected_logps
+
+    def _end_reference_engine(self) -> None:
+        """Take ZeRO-3's hooks off again: beside those of training they fail if they have seen but one forward."""
+        engine, self._precompute_engine = self._precompute_engine, None
+        if engine is None:
+            return
+        engine.empty_partition_cache()
+        engine.destroy()
+        for module in engine.module.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):  # they call this engine, and the next one would keep them
+                module.__dict__.pop(name, None)
 
     def _reference_outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> PairOutputs:
         unwrapped = self.accelerator.unwrap_model(self.model)
@@ -332,7 +350,7 @@ def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedToken
     args.precompute_ref_log_probs = True
     args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False  # nothing is evaluated here
     model = load_model(resolved.model)
-    scored = ShiftedMarginTrainer(
+    trainer = ShiftedMarginTrainer(
         model=model,
         args=args,
         train_dataset=rows,
@@ -341,5 +359,12 @@ def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedToken
         prefix_sharing=share_prefixes(resolved.recipe.prefix_sharing, model, args.max_length),
         reference_cache=open_cache(resolved.recipe.reference_cache, resolved.model, args),
         processing_class=tokenizer,
-    ).train_dataset
+    )
+    scored = trainer.train_dataset
+    # The run builds another trainer: no model is to stay beside its own, and DeepSpeed takes one Accelerator at once.
+    del model, trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    AcceleratorState._reset_state()
     return np.subtract(scored["ref_chosen_logps"], scored["ref_rejected_logps"])

@@ -267,7 +267,8 @@ def outcome(output_dir: Path) -> Outcome:
         {key: value for key, value in record.items() if not any(word in key for word in OF_ONE_START)}
         for record in records
     ]
-    return Outcome(load_file(output_dir / "model.safetensors"), records, rows)
+    (saved,) = output_dir.glob("*model.safetensors")  # of an adapter or of the whole model
+    return Outcome(load_file(saved), records, rows)
 
 
 def difference(one: Outcome, other: Outcome) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Real runs, killed three times and resumed, split over two processes, and held against what they saved."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,36 @@ def test_two_processes_under_zero3_are_one(recipe, unbroken):
     assert done.codes == [0, 0], done.output
     found = difference(outcome(recipe.parent / "split"), unbroken)
     assert max(found["weights"], found["losses"], found["evaluation"]) < 1e-5
+
+
+@pytest.mark.slow
+def test_rows_are_chosen_by_the_reference_under_zero3(recipe):
+    """
+    The same rows as one process chooses, and the same run, whose own reference pass is one forward of held-out rows,
+    the others being cached: ZeRO-3 must come through that too. A second start makes no reference forward.
+    """
+    score = ["--selection.score", "{signal: reference_gap, keep: 0.5}", *SHORT]
+    alone, split = recipe.parent / "gap-alone", recipe.parent / "gap-split"
+    assert run(Start(alone, score), recipe).codes == [0]
+    done = run(Start(split, score, processes=2, zero_stage=3), recipe)
+    assert done.codes == [0, 0], done.output
+    assert (split / "selection.jsonl").read_text() == (alone / "selection.jsonl").read_text()
+    assert max(difference(outcome(split), outcome(alone))[key] for key in ("weights", "losses", "evaluation")) < 1e-5
+    shutil.rmtree(alone)
+    again = run(Start(alone, score), recipe)
+    assert again.codes == [0] and REFERENCE in done.deeds and REFERENCE not in again.deeds
+
+
+@pytest.mark.slow
+def test_lora_under_zero3_is_that_of_one_process(recipe):
+    """Its reference is the base under the adapter, computed before and cached."""
+    lora = ["--use_peft", "true", "--lora_dropout", "0", *SHORT]
+    found = []
+    for name, launch in (("lora-alone", {}), ("lora-split", {"processes": 2, "zero_stage": 3})):
+        done = run(Start(recipe.parent / name, lora, **launch), recipe)
+        assert not any(done.codes) and REFERENCE in done.deeds, done.output
+        found.append(outcome(recipe.parent / name))
+    assert max(difference(*found)[key] for key in ("weights", "losses", "evaluation")) < 1e-5
 
 
 @pytest.mark.slow

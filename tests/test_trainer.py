@@ -158,6 +158,16 @@ def test_token_means_are_those_of_stock_trl(tmp_path, tokenizer, sharing):
     np.testing.assert_allclose(history(ours, TOKEN_KEYS), history(stock, TOKEN_KEYS), rtol=2e-5, atol=1e-6)
 
 
+def test_trl_does_not_digest_the_weights(tmp_path, tokenizer, monkeypatch):
+    """It would at every start, on every rank, for a cache that is not used."""
+
+    def digest(_):
+        raise AssertionError("all weights were read")
+
+    monkeypatch.setattr("trl.trainer.dpo_trainer.hash_module", digest)
+    shifted(tmp_path, tokenizer, training_rows(tokenizer, Margin()), Margin(), True)
+
+
 BFPO = Margin(a=1.5, b=0.5, c=-0.5, link="squared")
 
 
