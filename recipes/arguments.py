@@ -174,7 +174,7 @@ class PreferenceRecipe:
     pad_token: str | None = None  # one of the tokenizer's, where it has not said which it pads with
     pairs_per_update: Count | None = None  # task and buffer pairs on all devices; sets gradient_accumulation_steps
     num_processes: Count | None = None  # refuse to start on any other number
-    reference_cache: str | None = None  # folder of the reference log-probabilities; None: in output_dir
+    reference_cache: str | None = None  # folder of reference log-probabilities; None: under HF_HOME
 
 
 @dataclass

@@ -169,9 +169,14 @@ def choose_reference_pass(
     if recipe.margin.reference_free and training.get(key):
         raise document.refuse((key,), "margin.reference_free has no reference to compute; set one of them to false")
     if key not in training:
-        training[key] = not (model.get("use_peft") or recipe.margin.reference_free)
-        reason = {True: "so the reference model leaves memory"}.get(training[key], "no second model is needed")
+        training[key] = not recipe.margin.reference_free
+        reason = {True: "so no update needs the reference"}.get(training[key], "there is no reference")
         announcements.append(f"{key}: {str(training[key]).lower()}, {reason}")
+    if recipe.prefix_sharing and model.get("attn_implementation") is not None:
+        announcements.append(
+            "attn_implementation: has no effect on pairs that share their prompts (prefix_sharing: true), which have "
+            "an attention of their own"
+        )
     if recipe.reference_cache is not None and not training[key]:
         raise document.refuse(("reference_cache",), f"nothing is cached while {key} is false; remove it")
 

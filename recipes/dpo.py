@@ -61,6 +61,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the trainer
     live = not (args.precompute_ref_log_probs or resolved.model.use_peft or recipe.margin.reference_free)
+    cached = args.precompute_ref_log_probs and not recipe.margin.reference_free
     trainer = ShiftedMarginTrainer(
         model=model,
         ref_model=load_model(resolved.model) if live else None,
@@ -71,7 +72,7 @@ def main() -> None:
         margin=recipe.margin,
         replay=recipe.selection.replay,
         prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
-        reference_cache=open_cache(recipe.reference_cache, resolved.model, args),
+        reference_cache=open_cache(recipe.reference_cache, resolved.model, args) if cached else None,
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )

@@ -92,9 +92,13 @@ def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None)
 
 def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig) -> ReferenceCache:
     """The cache of the reference's log-probabilities: the recipe's model, in the precision of its forward."""
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    precision = str(model.dtype).removeprefix("torch.")
+    if args.mixed_precision != "no":  # also the launcher's; DeepSpeed casts the weights, autocast the operations
+        precision += f"-{'deepspeed' if args.deepspeed_plugin else 'autocast'}-{args.mixed_precision}"
+    if args.tf32:
+        precision += "-tf32"
     digest = weights_digest(model.model_name_or_path, model.model_revision)
-    return ReferenceCache(folder or DEFAULT_FOLDER, namespace(digest, model.dtype, autocast))
+    return ReferenceCache(folder or DEFAULT_FOLDER, namespace(digest, precision))
 
 
 def verify_saved(

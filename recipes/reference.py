@@ -97,10 +97,9 @@ class ReferenceCache:
             )
 
 
-def namespace(weights: str, model_dtype: torch.dtype | str, autocast_dtype: torch.dtype | None = None) -> str:
-    """The cache's folder name for a `weights.weights_digest` and the precision of the reference forward."""
-    precision = str(model_dtype) if autocast_dtype is None else f"{model_dtype}-autocast-{autocast_dtype}"
-    return f"v{FORMAT}-{weights}-{precision.replace('torch.', '')}"
+def namespace(weights: str, precision: str) -> str:
+    """The cache's folder name for a `weights.weights_digest` and what the reference forward computes in."""
+    return f"v{FORMAT}-{weights}-{precision}"
 
 
 def reference_logps(
@@ -110,6 +109,7 @@ def reference_logps(
     *,
     batch_size: int,
     accelerator: Accelerator,
+    padded: bool = False,
     description: str = "Reference log-probabilities",
     flush_seconds: float = 60.0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +126,7 @@ def reference_logps(
         compute: the reference forward of a list of rows: chosen and rejected log-probabilities, shapes (B,) and (B,).
             Every rank calls it equally often, as ZeRO-3 needs; when all rows are cached, never.
         batch_size: pairs in the first micro-batch; later, shorter ones hold as many as give no more tokens.
+        padded: each answer repeats its prompt and is padded to the micro-batch's longest; else prompts are shared.
         accelerator: the process group.
         description: of the progress bar.
         flush_seconds: at most this much work is lost in a kill.
@@ -136,7 +137,7 @@ def reference_logps(
     Raises:
         RecipeError: the reference model gives a row NaN or infinity.
     """
-    keys, tokens = sequence_keys(dataset)
+    keys, lengths = sequence_keys(dataset)
     # Equal sequences get one number, counted in order of first appearance.
     codes = _binary(keys).dictionary_encode().indices.to_numpy().reshape(-1, 2)
     _, first = np.unique(codes, return_index=True)
@@ -145,7 +146,7 @@ def reference_logps(
     logps = _max_over_ranks(np.where(found, logps, -np.inf), accelerator)
     missing = np.isneginf(logps)
     rows = np.unique(first[missing] // 2)  # where each missing sequence appears first
-    batches = _micro_batches(rows, tokens, batch_size)
+    batches = _micro_batches(rows, lengths, batch_size, padded)
     logger.info("%s: %d of %d pairs are cached", description, len(dataset) - len(rows), len(dataset))
 
     done = np.zeros(len(distinct), dtype=bool)
@@ -194,9 +195,9 @@ def sequence_keys(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
     and the order of the two answers don't enter; tokenizer, template and length limit do, through the ids.
 
     Returns:
-        Keys, shape (rows, 2, 16), uint8, and the tokens of each pair with its prompt counted once, shape (rows,).
+        Keys, shape (rows, 2, 16), uint8, and the tokens of prompt, chosen and rejected, shape (rows, 3).
     """
-    keys, tokens = bytearray(), []
+    keys, lengths = bytearray(), []
     columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=4096):
         sequences = [list(_token_bytes(table[name].combine_chunks())) for name in columns]
@@ -207,19 +208,23 @@ def sequence_keys(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
                 whole = head.copy()
                 whole.update(answer)
                 keys += whole.digest()
-            tokens.append((len(prompt) + sum(map(len, answers))) // 4)
-    return np.frombuffer(keys, np.uint8).reshape(-1, 2, KEY_BYTES), np.array(tokens, dtype=np.int64)
+            lengths.append([len(part) // 4 for part in (prompt, *answers)])
+    return np.frombuffer(keys, np.uint8).reshape(-1, 2, KEY_BYTES), np.array(lengths, dtype=np.int64).reshape(-1, 3)
 
 
-def _micro_batches(rows: np.ndarray, tokens: np.ndarray, batch_size: int) -> list[np.ndarray]:
+def _micro_batches(rows: np.ndarray, lengths: np.ndarray, batch_size: int, padded: bool) -> list[np.ndarray]:
     """Split the rows, longest first, into micro-batches of no more tokens than the longest `batch_size` pairs have."""
-    rows = rows[np.argsort(-tokens[rows], kind="stable")]
-    budget, used, cuts = tokens[rows[:batch_size]].sum(), 0, []
-    for position, length in enumerate(tokens[rows]):
-        if used + length > budget:
+    k, n, m = lengths[rows].T
+    tokens = k + np.maximum(n, m) if padded else k + n + m  # of an answer's row, of which each pair has two; of a pair
+    order = np.argsort(-tokens, kind="stable")
+    rows, tokens = rows[order], tokens[order]
+    budget = tokens[:1].sum() * batch_size if padded else tokens[:batch_size].sum()
+    start, used, cuts = 0, 0, []
+    for position, length in enumerate(tokens):
+        used = tokens[start] * (position - start + 1) if padded else used + length
+        if used > budget:
             cuts.append(position)
-            used = 0
-        used += length
+            start, used = position, length
     return np.split(rows, cuts) if len(rows) else []
 
 
@@ -233,7 +238,10 @@ def _max_over_ranks(values: np.ndarray, accelerator: Accelerator) -> np.ndarray:
 
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except OSError:  # somebody has just removed it, or may not have it read
+        return None
     if xxhash.xxh3_128_hexdigest(content) == path.stem:
         return safetensors.numpy.load(content)
     warnings.warn(f"{path} is damaged: its rows are computed again; delete it to end this warning", stacklevel=3)

@@ -538,7 +538,11 @@ def test_seed_and_reference_pass(write):
     assert resolve("dpo", ["--config", path, "--seed", "7"], 1).recipe.selection.seed == 7
     assert resolve("dpo", ["--config", path, "--seed", "7", "--selection.seed", "3"], 1).recipe.selection.seed == 3
     assert resolve("dpo", ["--config", path], 1).training["precompute_ref_log_probs"] is True
-    assert resolve("dpo", ["--config", path, "--use_peft", "true"], 1).training["precompute_ref_log_probs"] is False
+    assert resolve("dpo", ["--config", path, "--use_peft", "true"], 1).training["precompute_ref_log_probs"] is True
+    noted = resolve("dpo", ["--config", path, "--attn_implementation", "eager"], 1).announcements
+    assert any(line.startswith("attn_implementation: has no effect on pairs that share") for line in noted)
+    noted = resolve("dpo", ["--config", path, "--attn_implementation", "eager", "--prefix_sharing", "false"], 1)
+    assert not any(line.startswith("attn_implementation") for line in noted.announcements)
 
 
 # ----------------------------------------------------------------------------------------------- TRL's objects, saving

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -15,11 +16,13 @@ from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from trl import DPOConfig, ModelConfig
 
 import reference
 from conftest import build_model
 from errors import RecipeError
 from forked import run_ranks
+from policy import open_cache
 from reference import ReferenceCache, namespace, reference_logps, sequence_keys
 from weights import weights_digest
 
@@ -79,7 +82,7 @@ def expected(rows: list[dict]) -> np.ndarray:
 
 @pytest.fixture
 def cache(tmp_path) -> ReferenceCache:
-    return ReferenceCache(tmp_path / "cache", namespace("weights", torch.float32))
+    return ReferenceCache(tmp_path / "cache", namespace("weights", "float32"))
 
 
 # ---------------------------------------------------------------------------------------------------- hit and miss
@@ -146,8 +149,8 @@ def test_keys_see_the_boundary_of_prompt_and_answer():
         {"prompt_ids": [5], "chosen_ids": [6, 7, 8], "rejected_ids": [6, 7]},
         {"prompt_ids": [5, 6], "chosen_ids": [7, 8], "rejected_ids": [7, 8]},
     ]
-    keys, tokens = sequence_keys(Dataset.from_list(rows))
-    assert tokens.tolist() == [5, 6, 6]
+    keys, lengths = sequence_keys(Dataset.from_list(rows))
+    assert lengths.tolist() == [[2, 2, 1], [1, 3, 2], [2, 2, 2]]
     assert (
         len({key.tobytes() for key in keys.reshape(-1, 16)}) == 4
     )  # of six sequences, [5, 6 | 7, 8] comes three times
@@ -167,7 +170,18 @@ def test_longest_first_under_the_token_budget(cache):
     compute = OneByOne()
     run(rows, cache, compute, batch_size=2)
     assert compute.asked == [["1", "3"], ["0", "5", "2", "4"]]
-    assert reference._micro_batches(np.arange(3), np.array([5, 5, 5]), 1) == [[0], [1], [2]]
+    assert reference._micro_batches(np.arange(3), np.array([[3, 1, 1]] * 3), 1, padded=False) == [[0], [1], [2]]
+
+
+def test_padded_micro_batches_are_longest_first_as_they_are_laid_out():
+    """
+    The longer answers' rows have 2+9 = 11, 8+1 = 9, 4+1 = 5, 1+3 = 4 and 2 tokens. With a batch size of 2 the budget
+    is 2 pairs of 11: a third one of 5 would be padded to 11, but three pairs padded to 5 fit.
+    """
+    lengths = np.array([(1, 1, 1), (2, 9, 1), (4, 1, 1), (8, 1, 1), (1, 3, 3)])
+    found = reference._micro_batches(np.arange(5), lengths, 2, padded=True)
+    assert [batch.tolist() for batch in found] == [[1, 3], [2, 4, 0]]
+    assert [batch.tolist() for batch in reference._micro_batches(np.arange(0), lengths, 2, padded=True)] == []
 
 
 def test_no_random_number_is_drawn(cache):
@@ -428,15 +442,30 @@ def test_no_weights_no_digest(tmp_path):
         weights_digest("nobody/no-such-model")
 
 
-def test_the_namespace_tells_precisions_apart():
-    names = {
-        namespace("w", torch.float32),
-        namespace("w", torch.bfloat16),
-        namespace("w", torch.float32, torch.bfloat16),
-        namespace("v", torch.float32),
-    }
-    assert len(names) == 4
-    assert all(name.replace("-", "").isalnum() for name in names)  # folder names everywhere
+def test_the_cache_tells_precisions_apart(model_folder, tmp_path, monkeypatch):
+    """The launcher's too, which no key of the recipe names; and DeepSpeed casts weights where autocast does not."""
+
+    def name(dtype="float32", launched="no", deepspeed=None, **keys):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, **({"bf16": False} | keys))
+        args.deepspeed_plugin = deepspeed
+        model = ModelConfig(model_name_or_path=model_folder, dtype=dtype)
+        return open_cache(str(tmp_path / "cache"), model, args).folder.name
+
+    names = [
+        name(), name("bfloat16"), name(bf16=True), name("bfloat16", bf16=True), name(deepspeed=object(), bf16=True)
+    ]  # fmt: skip
+    assert len(set(names)) == 5 and name(launched="bf16") == names[2] and name(deepspeed=object()) == names[0]
+    assert all(re.fullmatch(r"[\w-]+", name) for name in names)  # folder names everywhere
+
+
+def test_a_shard_that_is_removed_meanwhile_is_a_miss(cache):
+    rows = make_rows(3)
+    run(rows, cache, OneByOne())
+    (cache.folder / f"{'0' * 32}.safetensors").symlink_to(cache.folder / "gone")
+    compute = OneByOne()
+    run(rows, cache, compute)
+    assert compute.asked == []
 
 
 def digest_on_rank(rank: int, folder: str) -> str:

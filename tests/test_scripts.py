@@ -99,6 +99,17 @@ def test_the_steps_after_the_last_log_have_their_loss_too(folder):
     assert steps == [2, 3]
 
 
+def test_live_figures_are_in_the_records(folder):
+    """Steps 1 and 2 are 8 pairs; what is saved of their tokens, from the rows that they had: prompts counted once."""
+    records = [json.loads(line) for line in (folder / "full" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    for record in steps:
+        assert record["tokens_per_second"] > record["pairs_per_second"] > 0
+        assert 0.2 < record["tokens_saved"] < 0.5 and record["peak_memory_gib"] > 0.05
+        # Each pair has three texts of 8 words and the template's tokens.
+        assert 40 < record["tokens_per_second"] / record["pairs_per_second"] < 120
+
+
 def test_the_resolved_recipe_is_the_same_run(folder):
     script("dpo", f"--config={folder}/full/recipe.yaml", f"--output_dir={folder}/again")
     ours, theirs = metrics(folder / "full"), metrics(folder / "again")
@@ -156,6 +167,17 @@ def test_rows_are_chosen_by_the_references_gap(folder):
     script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/gap")
     counts = json.loads((folder / "gap" / "selection.json").read_text())["counts"]
     assert counts["left"]["score"] == counts["left"]["labels"] // 2
+
+
+def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
+    """Not even a folder is made, so that one that cannot be written is in nobody's way."""
+    monkeypatch.setattr("reference.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    monkeypatch.setattr("policy.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    script("dpo", f"--config={folder}/full.yaml", "--precompute_ref_log_probs=false", f"--output_dir={folder}/live")
+    live, full = ([entry["loss"] for entry in metrics(folder / name) if "loss" in entry] for name in ("live", "full"))
+    assert live == pytest.approx(full, rel=1e-5)
+    code, errors = run_script("dpo.py", [f"--config={folder}/full.yaml", f"--output_dir={folder}/cached"])
+    assert code == 2 and "reference_cache /proc/nowhere" in errors
 
 
 @pytest.mark.parametrize("line", ['{"prompt": 5}', '{"messages": "hi"}', '{"messages": [{"role": "user"}]}', "[]"])
