@@ -1,6 +1,7 @@
 """A launch config (`accelerate launch --config_file FILE`) as the launcher reads it, and what it cannot do."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,33 @@ def launch_faults(launch: Launch, training: dict[str, Any]) -> list[str]:
             "agree"
         )
     return faults
+
+
+def check_launched(training: dict[str, Any]) -> None:
+    """
+    Hold the launch that this process is part of against the recipe, as far as accelerate's environment tells it.
+
+    Raises:
+        RecipeError: one of `launch_faults`; on every rank.
+    """
+    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
+    if "ACCELERATE_MIXED_PRECISION" not in environment:
+        return  # started by something else
+    asked = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    names = ("config_file", "zero_stage", "zero3_save_16bit_model")
+    config_file, stage, saves = (environment.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names)
+    inside = {"zero_stage": stage or 0, "zero3_save_16bit_model": saves == "true"}
+    inside |= {"deepspeed_config_file": config_file, "deepspeed_multinode_launcher": "standard"}
+    launch = Launch(
+        "the launch config",
+        "DEEPSPEED" if asked else "MULTI_GPU",
+        int(os.environ.get("WORLD_SIZE", 1)),
+        use_cpu=bool(training.get("use_cpu")),  # the environment does not tell it under DeepSpeed
+        mixed_precision=environment["ACCELERATE_MIXED_PRECISION"],
+        **(_zero("the launch config", inside) if asked else {}),
+    )
+    if faults := launch_faults(launch, training):
+        raise RecipeError("; ".join(faults), everywhere=True)
 
 
 def _check_keys(path: str, given: dict[str, Any], inside: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from arguments import DatasetEntry
 from environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from errors import RecipeError
+from launching import check_launched
 from output_folder import check_writable, claim_output_dir
 from parsing import Resolved, build, resolve, save_recipe
 from tracking import start_wandb
@@ -42,6 +43,7 @@ def open_run(kind: Kind) -> Resolved:
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
     check_world(settings.recipe.num_processes, deepspeed_is_asked_for())
+    check_launched(settings.training)
     agree("recipe", values)
     agree("versions", versions())
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))

@@ -143,6 +143,16 @@ BAD_STARTS = [
         launch=["--cpu", "--config_file", str(CONFIGS / "zero3-cpu.yaml")],
     ),
     BadStart(
+        "ZeRO-3 that would save no weights",
+        r"without zero3_save_16bit_model: true the saved model would have no weights",
+        launch=["--config_file", str(CONFIGS / "zero3-cpu.yaml"), "--zero3_save_16bit_model", "false"],
+    ),
+    BadStart(
+        "launcher in another precision",
+        r"mixed_precision: bf16 is started where the recipe has bf16: false",
+        launch=["--config_file", str(CONFIGS / "cpu.yaml"), "--mixed_precision", "bf16"],
+    ),
+    BadStart(
         "full disk",
         r"output_dir .*cannot be written \(No space left",
         put("output_dir", value="FOLDER/disk/run"),

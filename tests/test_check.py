@@ -12,7 +12,7 @@ import check
 import inspection
 from conftest import build_model
 from errors import RecipeError
-from launching import Launch, launch_faults, read_launch
+from launching import Launch, check_launched, launch_faults, read_launch
 
 ROOT = Path(__file__).parents[1]
 CPU = str(ROOT / "accelerate_configs" / "cpu.yaml")
@@ -324,6 +324,35 @@ def test_every_launch_config_is_read():
 def test_shapes_of_cluster(launch, training, words):
     faults = launch_faults(launch, training)
     assert len(faults) == 1 and words in faults[0]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"MIXED_PRECISION": "bf16"}, "mixed_precision: bf16 is started where the recipe has bf16: false"),
+        (
+            {"MIXED_PRECISION": "no", "USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "3",
+             "DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"},
+            "the saved model would have no weights",
+        ),
+        ({"MIXED_PRECISION": "no", "USE_DEEPSPEED": "true", "DEEPSPEED_CONFIG_FILE": "FILE"}, "would have no weights"),
+        ({"MIXED_PRECISION": "no", "USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2"}, None),
+        ({"MIXED_PRECISION": "no"}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_a_run_is_held_against_its_launcher(environment, words, monkeypatch, tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value.replace("FILE", str(tmp_path / "zero.json")))
+    training = {"bf16": False, "use_cpu": True}
+    if words is None:
+        check_launched(training)
+        return
+    with pytest.raises(RecipeError, match=words):
+        check_launched(training)
 
 
 @pytest.mark.parametrize(
