@@ -245,7 +245,7 @@ def check_shared_folder(folder: str | Path) -> None:
     """
     if not dist.is_initialized():
         return
-    token = Path(folder) / ".shared"
+    token = Path(folder) / f".shared-{os.environ['MASTER_PORT']}"
     if rank() == 0:
         token.write_text("")
     dist.barrier()
@@ -256,8 +256,8 @@ def check_shared_folder(folder: str | Path) -> None:
     hosts = sorted({host for host in blind if host})
     if hosts:
         raise RecipeError(
-            f"output_dir {folder}: {', '.join(hosts)} cannot see what the first node writes there; put it on a disk "
-            "that all nodes share",
+            f"{', '.join(hosts)} cannot see what the first node writes into {folder}; put output_dir on a disk that all "
+            "nodes share",
             everywhere=True,
         )
 

@@ -8,7 +8,7 @@ from arguments import DatasetEntry
 from environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from errors import RecipeError
 from launching import check_launched
-from output_folder import check_writable, claim_output_dir
+from output_folder import check_writable, claim_output_dir, existing_parent
 from parsing import Resolved, build, resolve, save_recipe
 from tracking import start_wandb
 from validation import Kind
@@ -38,7 +38,15 @@ def open_run(kind: Kind) -> Resolved:
     go_offline_if_local([*models, *(entry.path for entry in entries)])
 
     # torch takes seconds to import: a misspelt key is told before.
-    from ranks import agree, check_world, deepspeed_is_asked_for, first_rank_decides, join_processes, rank
+    from ranks import (
+        agree,
+        check_shared_folder,
+        check_world,
+        deepspeed_is_asked_for,
+        first_rank_decides,
+        join_processes,
+        rank,
+    )
 
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
@@ -54,6 +62,7 @@ def open_run(kind: Kind) -> Resolved:
     else:
         resuming = bool(values.get("resume_from_checkpoint"))
         first_rank_decides(lambda: claim_output_dir(values["output_dir"], values, resuming))
+        check_shared_folder(existing_parent(Path(values["output_dir"])))
     resolved = build(settings)
     if rank() == 0:
         for line in resolved.announcements:
@@ -63,7 +72,7 @@ def open_run(kind: Kind) -> Resolved:
 
 def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
     """Put the resolved recipe and the selection's audit into the output folder, and start wandb; on every rank."""
-    from ranks import check_shared_folder, first_rank_decides
+    from ranks import first_rank_decides
 
     folder = Path(resolved.training.output_dir)
 
@@ -78,4 +87,3 @@ def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
                 print(f"note: wandb is offline: {reason}", flush=True)
 
     first_rank_decides(write)
-    check_shared_folder(folder)

@@ -46,8 +46,9 @@ class Tripwires:
         grad_norm = super()._get_grad_norm(model, grad_norm)
         norm = float(grad_norm)
         losses = torch.stack([loss for _, loss in self._update]).tolist()
-        # DeepSpeed reports −1 for a norm that is not finite; with a gradient scaler infinities are its business.
-        norm_is_finite = math.isfinite(norm) and norm >= 0 or self.accelerator.scaler is not None
+        # DeepSpeed reports −1 for a norm that is not finite. In fp16 that is the business of the gradients' scaler,
+        # accelerate's or DeepSpeed's: it leaves the update out.
+        norm_is_finite = math.isfinite(norm) and norm >= 0 or self.accelerator.mixed_precision == "fp16"
         if not norm_is_finite or not all(map(math.isfinite, losses)):
             self._stop_at_nan(losses, norm_is_finite)
         if norm == 0 and self._movement.updates == 0:

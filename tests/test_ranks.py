@@ -137,7 +137,7 @@ def test_nodes_that_do_not_share_the_output_folder(tmp_path):
     here.mkdir(), there.mkdir()
     assert run_ranks(2, joined, look, [str(here), str(here)]) == [None, None]
     refused = run_ranks(2, joined, look, [str(here), str(there)])
-    assert f"{socket.gethostname()} cannot see what the first node writes there" in refused[0]
+    assert f"{socket.gethostname()} cannot see what the first node writes into {here}" in refused[0]
     assert not list(here.iterdir())
 
 
