@@ -43,6 +43,9 @@ def report(comparisons: list[Comparison], selections: list[SelectionRun], folder
         header = ("", "all", selected, "ratio")
         print_table(f"All weights against {selected}", header, [cells(measure)[:4] for measure in weights])
         shared = comparison.shared
+        if comparison.sharing:
+            rows, bound = source_bound(comparison)
+            print(f"tokens alone, over all {rows:,} rows that the selection leaves: {bound:.2f}")
         print(
             f"second reference pass: {max(run.second_pass_forwards for run in shared)} forwards, "
             f"{median(run.second_pass_seconds for run in shared):.2f} s; "
@@ -69,6 +72,14 @@ def describe(comparison: Comparison) -> str:
     trained = f", {', '.join(work.trained)} trained" if work.trained else ""
     batch = work.args.per_device_train_batch_size
     return f"{work.name}: model {work.model_name}, {batch} pairs a micro-batch, {precision}{trained}"
+
+
+def source_bound(comparison: Comparison) -> tuple[int, float]:
+    """How many rows the source has, and what the tokens alone would give over all of them in random micro-batches."""
+    lengths, batch = comparison.workload.source_lengths, comparison.workload.args.per_device_train_batch_size
+    whole = len(lengths) // batch
+    (bound,) = token_bounds(lengths, list(range(whole * batch)), batch, whole)
+    return len(lengths), bound
 
 
 def against_stock(comparison: Comparison) -> list[Measure]:

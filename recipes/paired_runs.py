@@ -43,6 +43,7 @@ class Workload:
     args: DPOConfig
     system_message: str | None
     trained: list[str] | None  # patterns of trainable parameters; None: all
+    source_lengths: np.ndarray  # tokens of prompt, chosen and rejected of all rows there are, shuffled. Shape: (n, 3)
 
     @property
     def title(self) -> str:

@@ -256,8 +256,8 @@ def check_shared_folder(folder: str | Path) -> None:
     hosts = sorted({host for host in blind if host})
     if hosts:
         raise RecipeError(
-            f"{', '.join(hosts)} cannot see what the first node writes into {folder}; put output_dir on a disk that all "
-            "nodes share",
+            f"{', '.join(hosts)} cannot see what the first node writes into {folder}; put output_dir on a disk that "
+            "all nodes share",
             everywhere=True,
         )
 

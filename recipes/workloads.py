@@ -66,6 +66,8 @@ def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0)
         build_model = partial(load_model, model)
     else:
         build_model = partial(random_model, shape, getattr(torch, model.dtype or "float32"), args.seed)
+    parts = (pairs[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+    lengths = np.array([[len(ids) for ids in part] for part in parts]).T
     return Workload(
         name=" + ".join(_title(entry.path) for entry in recipe.datasets),
         model_name=model.model_name_or_path,
@@ -76,6 +78,7 @@ def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0)
         args=args,
         system_message=recipe.system_message,
         trained=recipe.trainable_parameters,
+        source_lengths=np.random.default_rng(args.seed).permutation(lengths),
     )
 
 

@@ -14,7 +14,7 @@ import bench
 import generated
 import paired_runs
 import workloads
-from bench_report import Measure, against_all_weights, against_stock, cells, report
+from bench_report import Measure, against_all_weights, against_stock, cells, report, source_bound
 from errors import RecipeError
 from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
 from paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bounds
@@ -122,6 +122,14 @@ def test_token_bounds_by_hand():
     lengths = np.array([[10, 5, 3], [4, 2, 8], [6, 1, 1], [2, 2, 2]])
     assert token_bounds(lengths, [0, 1, 3, 2], 2, 1) == pytest.approx([2, 28 / 12])
     assert token_bounds(lengths, [0, 1, 3, 2], 2, 2) == pytest.approx([88 / 42])
+
+
+def test_the_bound_over_all_rows(comparison):
+    """The rows of `test_token_bounds_by_hand` in micro-batches of two, and a fifth that fills none: (60 + 28) / 42."""
+    lengths = np.array([[10, 5, 3], [4, 2, 8], [2, 2, 2], [6, 1, 1], [90, 9, 9]])
+    made = dataclasses.replace(comparison, workload=dataclasses.replace(comparison.workload, source_lengths=lengths))
+    assert source_bound(made) == (5, pytest.approx(88 / 42))
+    assert 14 == len(comparison.workload.rows) < len(comparison.workload.source_lengths) <= 30
 
 
 def test_ratios_pair_the_same_update(comparison):
