@@ -72,7 +72,8 @@ class Workspace:
         return ["--model_name_or_path", str(self.folder / (DROPOUT if dropout else "model"))]
 
     def whole(self, dropout: bool = False, **how: int) -> tuple[Done, Outcome]:
-        name = f"unbroken-{how.get('processes', 1)}-{'dropout' if dropout else 'plain'}"
+        split = "zero3" if "zero_stage" in how else how.get("processes", 1)
+        name = f"unbroken-{split}-{'dropout' if dropout else 'plain'}"
         if name not in self.unbroken:
             done = self.start(name, dropout, **how)
             assert not any(done.codes), f"{name}: codes {done.codes}\n{done.output[-3000:]}"
@@ -143,6 +144,11 @@ def kills_zero3(work: Workspace, count: int, draw: random.Random) -> Iterator[Ro
     yield from killed(work, count or 10, draw, "ZeRO-3 on 2 processes", 1e-6, **ZERO3)
 
 
+def kills_ddp(work: Workspace, count: int, draw: random.Random) -> Iterator[Row]:
+    """DDP; either rank is the one that is killed."""
+    yield from killed(work, count or 4, draw, "DDP on 2 processes", 0.0, processes=2)
+
+
 def killed(work: Workspace, count: int, draw: random.Random, name: str, bound: float, **how: int) -> Iterator[Row]:
     """
     Kill −9 at `count` moments, start again with resume_from_checkpoint: auto, and compare with the unbroken run. Of
@@ -161,7 +167,7 @@ def killed(work: Workspace, count: int, draw: random.Random, name: str, bound: f
         if moment % 4 == 1:  # not before the first micro-batch of an update, which would be between two of them
             number = draw.choice([n for n in range(1, deeds.count(kind) + 1) if (n - 1) % accumulation])
         victim, delay = draw.randrange(how.get("processes", 1)), draw.uniform(0, 0.01)
-        folder = f"{'zero3' if how else 'single'}-{attempts}"
+        folder = f"killed-{name.split()[0].lower()}-{attempts}"
         first = work.start(folder, dropout, kill=(kind, number, delay), victim=victim, **how)
         if first.codes[victim] != -9:
             say(f"{name}: the run was over before it was killed; another moment")
@@ -283,8 +289,8 @@ def memory(work: Workspace, count: int, draw: random.Random) -> Iterator[Row]:
 
 
 ROWS = {
-    "equal": equal, "nodes": nodes, "kills": kills, "kills-zero3": kills_zero3, "damage": damage, "starts": starts,
-    "memory": memory,
+    "equal": equal, "nodes": nodes, "kills": kills, "kills-zero3": kills_zero3, "kills-ddp": kills_ddp,
+    "damage": damage, "starts": starts, "memory": memory,
 }  # fmt: skip
 
 
