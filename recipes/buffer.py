@@ -34,7 +34,13 @@ PAIRED = [
     ("chosen_severity", "rejected_severity"),
     ("score_chosen", "score_rejected"),
 ]
-CACHE_VERSION = 1  # of the rules: a change in what any stage decides raises it
+# Part of every cache key, so that what other code has decided is never read back.
+CODE = xxh3_128_hexdigest(
+    b"".join(
+        Path(__file__).with_name(f"{name}.py").read_bytes()
+        for name in ("buffer", "hygiene", "prompts", "scanning", "audit", "margins")
+    )
+)
 
 
 def select_rows(
@@ -350,5 +356,5 @@ def _reasons(settings: Selection) -> list[tuple[str, str]]:
 
 def _key(rows: Dataset, settings: Selection, *further: object) -> str:
     """A digest of all that the decisions depend on."""
-    parts = [CACHE_VERSION, rows._fingerprint, asdict(settings), *further]
+    parts = [CODE, rows._fingerprint, asdict(settings), *further]
     return xxh3_128_hexdigest(json.dumps(parts, default=list).encode())
