@@ -77,7 +77,7 @@ class CompleteCheckpoints:
         shutil.rmtree(aside)
         if limit:
             # A later step's is damaged, since this run went on from before it: it must not push out a whole one.
-            reached = [path for path in _numbered(final) if _step(path) <= self.state.global_step]
+            reached = [path for path in numbered(final) if _step(path) <= self.state.global_step]
             for old in reached[limit:]:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
@@ -148,7 +148,7 @@ def newest_complete(output_dir: str | Path) -> str | None:
 
     def search() -> str | None:
         faults = []
-        for folder in _numbered(Path(output_dir)):
+        for folder in numbered(Path(output_dir)):
             fault = damage(folder)
             if fault is None:
                 return str(folder)
@@ -227,7 +227,7 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
         )
 
 
-def _numbered(output_dir: Path) -> list[Path]:
+def numbered(output_dir: Path) -> list[Path]:
     """The folders checkpoint-<step> of `output_dir`, newest step first."""
     folders = [
         path
