@@ -135,7 +135,7 @@ def hub_is_reachable() -> bool:
 
 def reachable(host: str, port: int, seconds: float = 3.0) -> bool:
     """Whether a server answers."""
-    if urllib.request.getproxies():
+    if {"http", "https", "all"} & set(urllib.request.getproxies()):  # NO_PROXY alone is in it too, as "no"
         return True  # a proxy stands between; only a real request could tell
     try:
         with socket.create_connection((host, port), timeout=seconds):
