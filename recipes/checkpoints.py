@@ -20,6 +20,7 @@ from ranks import first_rank_decides
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+NO_OPTIMIZER = "it was saved without its optimizer (save_only_model)"
 ASIDE = ".saving"  # inside output_dir, so on the same disk: the rename is atomic
 
 
@@ -137,23 +138,37 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def only_weights(folder: Path) -> bool:
+    """Whether a whole checkpoint has no optimizer, by save_only_model: Trainer would go on with a fresh one."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return not any(name == "optimizer.pt" or name.startswith("global_step") for name in files)  # or DeepSpeed's folder
+
+
 def newest_complete(output_dir: str | Path) -> str | None:
     """
-    The checkpoint to go on from: the newest in `output_dir` that is whole, the same on every rank. Damaged ones are
-    stepped over with a warning.
+    The checkpoint to go on from: the newest in `output_dir` that is whole and has its optimizer, the same on every
+    rank. Others are stepped over with a warning.
 
     Raises:
-        RecipeError: there are checkpoints, and none is whole.
+        RecipeError: there are checkpoints, and none is such a one.
     """
 
     def search() -> str | None:
-        faults = []
+        faults, weights = [], []
         for folder in numbered(Path(output_dir)):
             fault = damage(folder)
+            if fault is None and only_weights(folder):
+                fault = NO_OPTIMIZER
+                weights.append(folder)
             if fault is None:
                 return str(folder)
             logger.warning(f"stepping over {folder}: {fault}")
             faults.append(f"{folder.name}: {fault}")
+        if weights:
+            raise RecipeError(
+                f"output_dir {output_dir}: no checkpoint can be gone on from ({'; '.join(faults)}); "
+                f"{_new_run(weights[0])}"
+            )
         if faults:
             raise RecipeError(
                 f"output_dir {output_dir}: no checkpoint is whole ({'; '.join(faults)}); start again in another "
@@ -167,8 +182,8 @@ def newest_complete(output_dir: str | Path) -> str | None:
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
     """
     What `resume_from_checkpoint` of the recipe means: true or `auto` is `newest_complete` (None if there is none yet),
-    a path is that checkpoint, which must be whole, and null or false is a fresh start. A manifest tells damage, not
-    malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
+    a path is that checkpoint, which must be whole and have its optimizer, and null or false is a fresh start. A
+    manifest tells damage, not malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
     """
     if resume in (None, False, "false", "no"):
         return None
@@ -179,6 +194,8 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> s
         raise RecipeError(
             f"resume_from_checkpoint: {resume}: {fault}; name another, or `auto` for the newest whole one"
         )
+    if first_rank_decides(lambda: only_weights(Path(resume))):
+        raise RecipeError(f"resume_from_checkpoint: {resume}: {NO_OPTIMIZER}; {_new_run(resume)}")
     return str(resume)
 
 
@@ -199,7 +216,7 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
         RecipeError: another ZeRO stage, another number of processes under DeepSpeed, or another batch per update.
     """
     then = json.loads((Path(checkpoint) / MANIFEST).read_text())
-    way_out = f"or train on from its weights as a new run (model_name_or_path: {checkpoint}, another output_dir)"
+    way_out = f"or {_new_run(checkpoint)}"
 
     def named(stage: int | None) -> str:
         return "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
@@ -225,6 +242,10 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
             f"going on with {launch['world_size']} processes from {then['world_size']}: the same rows in the same "
             "updates, the same optimizer and schedule; rounding and dropout masks differ from an unbroken run"
         )
+
+
+def _new_run(checkpoint: str | Path) -> str:
+    return f"train on from its weights as a new run (model_name_or_path: {checkpoint}, another output_dir)"
 
 
 def numbered(output_dir: Path) -> list[Path]:

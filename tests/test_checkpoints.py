@@ -191,6 +191,29 @@ def test_what_resume_from_checkpoint_means(unbroken, tmp_path):
         checkpoint_to_resume(str(tmp_path / "nowhere"), tmp_path)
 
 
+def test_a_checkpoint_without_its_optimizer_is_refused(unbroken, tmp_path):
+    """Trainer would go on from it with a fresh optimizer and schedule, and say nothing."""
+    (tmp_path / "run").mkdir()
+    options = Options(str(tmp_path / "run"), steps=3, arguments={"save_only_model": True})
+    assert launch(options) == [0]
+    newest = tmp_path / "run" / "checkpoint-3"
+    assert damage(newest) is None and not (newest / "optimizer.pt").exists()
+    options.resume = "auto"
+    assert launch(options) == [USER_ERROR]
+    way_out = f"train on from its weights as a new run (model_name_or_path: {newest}, another output_dir)"
+    without = "it was saved without its optimizer (save_only_model)"
+    refused = f"no checkpoint can be gone on from (checkpoint-3: {without}; checkpoint-2: {without}); {way_out}"
+    with pytest.raises(RecipeError, match=re.escape(refused)):
+        checkpoint_to_resume("auto", newest.parent)
+    with pytest.raises(RecipeError, match=re.escape(f"checkpoint-3: {without}; {way_out}")):
+        checkpoint_to_resume(str(newest), tmp_path)
+    shutil.copytree(unbroken / "checkpoint-6", tmp_path / "both" / "checkpoint-6")
+    shutil.move(newest, tmp_path / "both" / "checkpoint-8")
+    (tmp_path / "both" / "checkpoint-8" / MANIFEST).unlink()
+    seal(tmp_path / "both" / "checkpoint-8", 8, {})
+    assert newest_complete(tmp_path / "both") == str(tmp_path / "both" / "checkpoint-6")
+
+
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
