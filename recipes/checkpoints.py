@@ -14,8 +14,9 @@ import xxhash
 from accelerate.state import DistributedType
 from transformers.utils import logging
 
+from environment import versions
 from errors import RecipeError, full_disk
-from ranks import first_rank_decides
+from ranks import first_rank_decides, rank
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +33,8 @@ class CompleteCheckpoints:
     one is whole. Here it writes into a folder of another name; when every rank is done, rank 0 adds a manifest with
     the digest of each file, flushes all to the disk, renames the folder, and only then removes the oldest.
     """
+
+    rows_digest: str | None = None  # of the training rows; a script that sets it has them held against a checkpoint's
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -85,13 +88,15 @@ class CompleteCheckpoints:
 
 
 def launched_as(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint depends on beside the recipe: processes, how the state is split, and the size of an update."""
+    """What a checkpoint depends on beside the recipe: processes, the way the state is split, batch, rows, versions."""
     args, state = trainer.args, trainer.accelerator.state
     deepspeed = state.distributed_type == DistributedType.DEEPSPEED
     return {
         "world_size": args.world_size,
         "zero_stage": state.deepspeed_plugin.zero_stage if deepspeed else None,
         "batch_per_update": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows": trainer.rows_digest,
+        "versions": versions(),
     }
 
 
@@ -206,14 +211,15 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
     With the same launch the run goes on bit for bit. Without DeepSpeed another number of processes is possible as
     long as an update keeps its batch: then the rows of every update, their order, the optimizer and the schedule are
     exactly what they would have been; sums are taken in another order (float rounding), and what is drawn at random
-    in the forward pass (dropout) differs.
+    in the forward pass (dropout) differs. Other versions of the libraries are told, and go on.
 
     Args:
-        checkpoint: a folder with a manifest.
+        checkpoint: a folder with a manifest; one without rows or versions is of before they were kept.
         launch: `launched_as` of the trainer that would go on.
 
     Raises:
-        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, or another batch per update.
+        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, another batch per update, or
+            other training rows.
     """
     then = json.loads((Path(checkpoint) / MANIFEST).read_text())
     way_out = f"or {_new_run(checkpoint)}"
@@ -236,6 +242,20 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
             f"{checkpoint} is of updates of {then['batch_per_update']} rows and this run's have "
             f"{launch['batch_per_update']}; set per_device_train_batch_size × gradient_accumulation_steps × processes "
             f"to {then['batch_per_update']}, {way_out}"
+        )
+    if then.get("rows") and launch.get("rows") and then["rows"] != launch["rows"]:
+        raise RecipeError(
+            f"{checkpoint} is of other training rows: the data, or what selects and tokenises it, has changed since; "
+            f"put back what the run began with, {way_out}"
+        )
+    if rank() != 0:
+        return
+    old, new = then.get("versions", {}), launch.get("versions", {})
+    changed = [f"{name} {old[name]} → {new.get(name)}" for name in old if old[name] != new.get(name)]
+    if changed:
+        logger.warning(
+            f"going on with other versions than {checkpoint} was saved with ({', '.join(changed)}): the numbers may "
+            "differ from an unbroken run"
         )
     if then["world_size"] != launch["world_size"]:
         logger.warning(
