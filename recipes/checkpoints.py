@@ -14,12 +14,14 @@ import xxhash
 from accelerate.state import DistributedType
 from transformers.utils import logging
 
+from environment import versions
 from errors import RecipeError, full_disk
-from ranks import first_rank_decides
+from ranks import first_rank_decides, rank
 
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
+NO_OPTIMIZER = "it was saved without its optimizer (save_only_model)"
 ASIDE = ".saving"  # inside output_dir, so on the same disk: the rename is atomic
 
 
@@ -31,6 +33,8 @@ class CompleteCheckpoints:
     one is whole. Here it writes into a folder of another name; when every rank is done, rank 0 adds a manifest with
     the digest of each file, flushes all to the disk, renames the folder, and only then removes the oldest.
     """
+
+    rows_digest: str | None = None  # of the training rows; a script that sets it has them held against a checkpoint's
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -77,20 +81,22 @@ class CompleteCheckpoints:
         shutil.rmtree(aside)
         if limit:
             # A later step's is damaged, since this run went on from before it: it must not push out a whole one.
-            reached = [path for path in _numbered(final) if _step(path) <= self.state.global_step]
+            reached = [path for path in numbered(final) if _step(path) <= self.state.global_step]
             for old in reached[limit:]:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
 
 
 def launched_as(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint depends on beside the recipe: processes, how the state is split, and the size of an update."""
+    """What a checkpoint depends on beside the recipe: processes, the way the state is split, batch, rows, versions."""
     args, state = trainer.args, trainer.accelerator.state
     deepspeed = state.distributed_type == DistributedType.DEEPSPEED
     return {
         "world_size": args.world_size,
         "zero_stage": state.deepspeed_plugin.zero_stage if deepspeed else None,
         "batch_per_update": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "rows": trainer.rows_digest,
+        "versions": versions(),
     }
 
 
@@ -137,23 +143,37 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def only_weights(folder: Path) -> bool:
+    """Whether a whole checkpoint has no optimizer, by save_only_model: Trainer would go on with a fresh one."""
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    return not any(name == "optimizer.pt" or name.startswith("global_step") for name in files)  # or DeepSpeed's folder
+
+
 def newest_complete(output_dir: str | Path) -> str | None:
     """
-    The checkpoint to go on from: the newest in `output_dir` that is whole, the same on every rank. Damaged ones are
-    stepped over with a warning.
+    The checkpoint to go on from: the newest in `output_dir` that is whole and has its optimizer, the same on every
+    rank. Others are stepped over with a warning.
 
     Raises:
-        RecipeError: there are checkpoints, and none is whole.
+        RecipeError: there are checkpoints, and none is such a one.
     """
 
     def search() -> str | None:
-        faults = []
-        for folder in _numbered(Path(output_dir)):
+        faults, weights = [], []
+        for folder in numbered(Path(output_dir)):
             fault = damage(folder)
+            if fault is None and only_weights(folder):
+                fault = NO_OPTIMIZER
+                weights.append(folder)
             if fault is None:
                 return str(folder)
             logger.warning(f"stepping over {folder}: {fault}")
             faults.append(f"{folder.name}: {fault}")
+        if weights:
+            raise RecipeError(
+                f"output_dir {output_dir}: no checkpoint can be gone on from ({'; '.join(faults)}); "
+                f"{_new_run(weights[0])}"
+            )
         if faults:
             raise RecipeError(
                 f"output_dir {output_dir}: no checkpoint is whole ({'; '.join(faults)}); start again in another "
@@ -167,8 +187,8 @@ def newest_complete(output_dir: str | Path) -> str | None:
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
     """
     What `resume_from_checkpoint` of the recipe means: true or `auto` is `newest_complete` (None if there is none yet),
-    a path is that checkpoint, which must be whole, and null or false is a fresh start. A manifest tells damage, not
-    malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
+    a path is that checkpoint, which must be whole and have its optimizer, and null or false is a fresh start. A
+    manifest tells damage, not malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
     """
     if resume in (None, False, "false", "no"):
         return None
@@ -179,6 +199,8 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> s
         raise RecipeError(
             f"resume_from_checkpoint: {resume}: {fault}; name another, or `auto` for the newest whole one"
         )
+    if first_rank_decides(lambda: only_weights(Path(resume))):
+        raise RecipeError(f"resume_from_checkpoint: {resume}: {NO_OPTIMIZER}; {_new_run(resume)}")
     return str(resume)
 
 
@@ -189,17 +211,18 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
     With the same launch the run goes on bit for bit. Without DeepSpeed another number of processes is possible as
     long as an update keeps its batch: then the rows of every update, their order, the optimizer and the schedule are
     exactly what they would have been; sums are taken in another order (float rounding), and what is drawn at random
-    in the forward pass (dropout) differs.
+    in the forward pass (dropout) differs. Other versions of the libraries are told, and go on.
 
     Args:
-        checkpoint: a folder with a manifest.
+        checkpoint: a folder with a manifest; one without rows or versions is of before they were kept.
         launch: `launched_as` of the trainer that would go on.
 
     Raises:
-        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, or another batch per update.
+        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, another batch per update, or
+            other training rows.
     """
     then = json.loads((Path(checkpoint) / MANIFEST).read_text())
-    way_out = f"or train on from its weights as a new run (model_name_or_path: {checkpoint}, another output_dir)"
+    way_out = f"or {_new_run(checkpoint)}"
 
     def named(stage: int | None) -> str:
         return "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
@@ -220,6 +243,20 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
             f"{launch['batch_per_update']}; set per_device_train_batch_size × gradient_accumulation_steps × processes "
             f"to {then['batch_per_update']}, {way_out}"
         )
+    if then.get("rows") and launch.get("rows") and then["rows"] != launch["rows"]:
+        raise RecipeError(
+            f"{checkpoint} is of other training rows: the data, or what selects and tokenises it, has changed since; "
+            f"put back what the run began with, {way_out}"
+        )
+    if rank() != 0:
+        return
+    old, new = then.get("versions", {}), launch.get("versions", {})
+    changed = [f"{name} {old[name]} → {new.get(name)}" for name in old if old[name] != new.get(name)]
+    if changed:
+        logger.warning(
+            f"going on with other versions than {checkpoint} was saved with ({', '.join(changed)}): the numbers may "
+            "differ from an unbroken run"
+        )
     if then["world_size"] != launch["world_size"]:
         logger.warning(
             f"going on with {launch['world_size']} processes from {then['world_size']}: the same rows in the same "
@@ -227,7 +264,11 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
         )
 
 
-def _numbered(output_dir: Path) -> list[Path]:
+def _new_run(checkpoint: str | Path) -> str:
+    return f"train on from its weights as a new run (model_name_or_path: {checkpoint}, another output_dir)"
+
+
+def numbered(output_dir: Path) -> list[Path]:
     """The folders checkpoint-<step> of `output_dir`, newest step first."""
     folders = [
         path

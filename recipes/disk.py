@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from checkpoints import ASIDE, numbered
 from errors import RecipeError
 from output_folder import existing_parent
 from parameters import count_parameters
@@ -70,17 +71,32 @@ def disk_needed(saved: Saved, args: Any, steps: int) -> tuple[int, str]:
     return bytes_, f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / 1e9:.1f} GB and the final weights"
 
 
-def check_disk(folder: str | Path, needed: int, what: str) -> None:
+def bytes_there(args: Any, steps: int) -> int:
+    """
+    What of `disk_needed` is in the output folder already when a run goes on: the checkpoints that stay while the next
+    one is written, what an interrupted save left behind, which goes before that, and final weights, written over.
+    """
+    folder, kept = Path(args.output_dir), checkpoints_kept(args, steps)
+    if args.save_total_limit is not None:
+        kept = min(kept, args.save_total_limit)
+    files = [path for name in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
+    for inside in (folder / ASIDE, *numbered(folder)[:kept]):
+        files += inside.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def check_disk(folder: str | Path, needed: int, what: str, there: int = 0) -> None:
     """
     Raises:
-        RecipeError: less than `needed` bytes are free where `folder` is or will be; `what` says for what.
+        RecipeError: less than `needed` bytes are free where `folder` is or will be, or `there`; `what` says for what.
     """
     place = existing_parent(Path(folder))
     free = shutil.disk_usage(place).free
-    if free < needed:
+    if free < needed - there:
+        known = f", of which {there / 1e9:.1f} GB are there," if there else ""
         raise RecipeError(
-            f"{folder}: {what} need {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on that disk; make room, "
-            "choose another output_dir, or keep fewer checkpoints (save_total_limit)"
+            f"{folder}: {what} need {needed / 1e9:.1f} GB{known} and {free / 1e9:.1f} GB are free on that disk; make "
+            "room, choose another output_dir, or keep fewer checkpoints (save_total_limit)"
         )
 
 
@@ -102,4 +118,5 @@ def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:
     saved = Saved(0 if adapter else total, 0 if adapter else trained, model.dtype.itemsize, stage)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_update * args.num_train_epochs)
-    first_rank_decides(lambda: check_disk(args.output_dir, *disk_needed(saved, args, max(1, steps))))
+    steps = max(1, steps)
+    first_rank_decides(lambda: check_disk(args.output_dir, *disk_needed(saved, args, steps), bytes_there(args, steps)))

@@ -48,7 +48,8 @@ def main() -> None:
     if held_out is not None:
         refuse_overlap(train.audit.rows, held_out.dataset, args.dataset_num_proc)  # also those that hygiene dropped
         agree("evaluation rows", held_out.digest)
-    agree("training rows", train.digest)
+    rows_digest = train.digest()
+    agree("training rows", rows_digest)
     if rank() == 0:
         show_selection(train, recipe.margin, args.beta)
         if held_out is not None:
@@ -76,6 +77,7 @@ def main() -> None:
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
+    trainer.rows_digest = rows_digest
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 

@@ -18,6 +18,8 @@ from errors import RecipeError
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
+switched_off = False  # HF_HUB_OFFLINE is set by `go_offline_if_local`, not from outside
+
 
 def prepare_environment() -> None:
     """
@@ -51,15 +53,26 @@ def go_offline_if_local(paths: Iterable[str | None]) -> bool:
     Returns:
         Whether the run is offline, by this or by HF_HUB_OFFLINE from outside.
     """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+    global switched_off
+    if hub_is_off():
         return True
     if not all(os.path.exists(path) for path in paths if path is not None):
         return False
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_OFFLINE"], switched_off = "1", True
     for module in ("huggingface_hub.constants", "datasets.config"):
         if module in sys.modules:
             sys.modules[module].HF_HUB_OFFLINE = True
     return True
+
+
+def hub_is_off() -> bool:
+    """Whether HF_HUB_OFFLINE is set, as huggingface_hub reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
+
+
+def network_is_off() -> bool:
+    """Whether the user wants no network at all: HF_HUB_OFFLINE came from outside."""
+    return hub_is_off() and not switched_off
 
 
 def spare_cpu_compile() -> None:
@@ -99,7 +112,7 @@ def check_model_path(path: str, revision: str | None = None) -> None:
     if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
         return
     where = f"model {path}: neither a folder here nor in the Hub's cache"
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if hub_is_off():
         raise RecipeError(
             f"{where}, and the run is offline (HF_HUB_OFFLINE=1); download it first, or correct the path"
         )
@@ -122,7 +135,7 @@ def hub_is_reachable() -> bool:
 
 def reachable(host: str, port: int, seconds: float = 3.0) -> bool:
     """Whether a server answers."""
-    if urllib.request.getproxies():
+    if {"http", "https", "all"} & set(urllib.request.getproxies()):  # NO_PROXY alone is in it too, as "no"
         return True  # a proxy stands between; only a real request could tell
     try:
         with socket.create_connection((host, port), timeout=seconds):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from disk import Saved, check_disk, disk_needed
+from disk import Saved, bytes_there, check_disk, disk_needed
 from findings import Findings
 from inspection import token_lengths
 from launching import Launch
@@ -173,5 +173,7 @@ def inspect_disk(
     width = 2 if launch.zero_stage and half else model.causal_lm.dtype.itemsize
     saved = Saved(model.total, model.trained, width, launch.zero_stage, bool(resolved.model.use_peft))
     needed, what = disk_needed(saved, resolved.training, steps)
-    print(f"\nDisk: {what}: {needed / 1e9:.1f} GB")
-    findings.attempt(check_disk, resolved.training.output_dir, needed, what)
+    there = bytes_there(resolved.training, steps)
+    known = f", of which {there / 1e9:.1f} GB are there" if there else ""
+    print(f"\nDisk: {what}: {needed / 1e9:.1f} GB{known}")
+    findings.attempt(check_disk, resolved.training.output_dir, needed, what, there)

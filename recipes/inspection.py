@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from arguments import DatasetEntry
 from buffer import refuse_overlap
-from environment import check_model_path, hub_is_reachable
+from environment import check_model_path, hub_is_off, hub_is_reachable
 from errors import RecipeError
 from findings import Findings
 from margins import first_losses
@@ -32,7 +32,7 @@ def check_surroundings(resolved: Resolved, findings: Findings) -> None:
     """The output folder, and what the network is needed for."""
     values = resolved.values
     findings.attempt(claim_output_dir, values["output_dir"], values, bool(values.get("resume_from_checkpoint")))
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if hub_is_off():
         print("Hub: not asked; model and data are on this disk, or HF_HUB_OFFLINE is set")
     else:
         print(f"Hub: {'reachable' if hub_is_reachable() else 'cannot be reached from here'}")

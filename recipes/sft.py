@@ -58,7 +58,8 @@ def main() -> None:
             peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
             callbacks=[stop],
         )
-    agree("conversations", lambda: ids_digest(trainer.train_dataset, ["input_ids"]))
+    trainer.rows_digest = ids_digest(trainer.train_dataset, ["input_ids"])
+    agree("conversations", trainer.rows_digest)
     if rank() == 0:
         show_lengths(trainer, len(train))
     if checkpoint is not None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from environment import reachable
+from environment import network_is_off, reachable
 from errors import RecipeError
 
 
@@ -39,7 +39,7 @@ def prepare_wandb(output_dir: str | Path) -> str | None:
 def why_wandb_is_offline() -> str | None:
     """Why a run could not report to wandb's server from here; None if it could."""
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if os.environ.get("HF_HUB_OFFLINE") == "1":
+    if network_is_off():
         return "the run is offline (HF_HUB_OFFLINE=1)"
     if not _logged_in(host.hostname):
         return "no login (set WANDB_API_KEY, or run `wandb login`)"

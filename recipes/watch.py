@@ -15,6 +15,7 @@ from ranks import rank
 
 BEAT_SECONDS = 3.0
 LOST_SECONDS = 40.0  # so that a lost node ends the job within a minute everywhere
+SILENCES = 10  # parts of that time, each waited for by itself
 
 
 class Watch:
@@ -56,7 +57,6 @@ class Watch:
     def _accept(self, server: socket.socket) -> None:
         while True:
             link, _ = server.accept()
-            link.settimeout(self.lost_after)
             self.links.append(link)
             self._start(self._follow, link, None)
 
@@ -66,21 +66,31 @@ class Watch:
                 self._send(link, "")
 
     def _follow(self, link: socket.socket, peer: str | None) -> None:
-        """Read a peer's lines: its name if it is not known yet, empty ones as pulse, and any other as the end."""
-        lines = link.makefile()
-        verdict = None
+        """
+        Read a peer's lines: its name if it is not known yet, empty ones as pulse, and any other as the end.
+
+        Silence is counted in parts that this process was awake for: a job that is suspended as a whole (SIGSTOP) loses
+        one of them, however long it slept, and hears its peers again before it has counted all.
+        """
+        link.settimeout(self.lost_after / SILENCES)
+        rest, silences, verdict = b"", 0, None
         while verdict is None:
             try:
-                line = lines.readline()
-            except OSError:  # the timeout is one
-                verdict = f"{peer or 'a rank'} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
-                break
-            if not line:
+                received = link.recv(4096)
+            except OSError as error:
+                silences += 1
+                if not isinstance(error, TimeoutError) or silences == SILENCES:
+                    verdict = f"{peer or 'a rank'} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
+                continue
+            if not received:
                 verdict = f"{peer or 'a rank'} has ended; its own output says why"
-            elif peer is None:
-                peer = line.strip()
-            else:
-                verdict = line.strip() or None
+            silences = 0
+            *lines, rest = (rest + received).split(b"\n")
+            for line in (line.decode().strip() for line in lines):
+                if peer is None:
+                    peer = line
+                else:
+                    verdict = verdict or line or None
         if self.done.wait(BEAT_SECONDS):
             return  # the peer has ended because all is done
         for other in self.links:

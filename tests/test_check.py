@@ -222,6 +222,19 @@ def test_a_disk_that_is_too_small(recipe, checked, monkeypatch):
     assert "2 checkpoints of 0.0 GB and the final weights need 0.0 GB and 0.0 GB are free" in text
 
 
+def test_a_disk_that_the_run_fills_itself_is_large_enough(recipe, checked, monkeypatch, tmp_path):
+    """Of 2·(39,072·4 + 4,096·8) + 39,072·4 = 534,400 bytes the checkpoint that is there takes 189,056."""
+    folder = tmp_path / "runs" / "a"
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "checkpoint-3" / "optimizer.pt").write_bytes(bytes(189_056))
+    recipe["resume_from_checkpoint"] = str(folder / "checkpoint-3")
+    for free, fault in ((345_344, False), (345_343, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: shutil._ntuple_diskusage(0, 0, free))
+        _, text = checked(recipe)
+        assert "Disk: 2 checkpoints of 0.0 GB and the final weights: 0.0 GB, of which 0.0 GB are there\n" in text
+        assert ("GB are free on that disk" in text) is fault
+
+
 def test_without_a_required_key_nothing_else_is_known(recipe, checked):
     del recipe["output_dir"]
     code, text = checked(recipe, launch="none.yaml")

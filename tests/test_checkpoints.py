@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.utils import logging
 
 from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from environment import versions
 from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
 from stopping import StopOnSignal
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
@@ -52,6 +54,7 @@ def test_an_unbroken_run_keeps_the_newest_and_leaves_nothing_aside(unbroken):
     manifest = json.loads((unbroken / "checkpoint-8" / MANIFEST).read_text())
     assert manifest["step"] == 8 and manifest["world_size"] == 1 and manifest["zero_stage"] is None
     assert manifest["batch_per_update"] == 4
+    assert manifest["rows"] is None and manifest["versions"] == versions()
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(
         manifest["files"]
     )
@@ -147,8 +150,6 @@ def test_a_damaged_checkpoint_is_stepped_over(spoil, unbroken, tmp_path, caplog)
     fault = spoil(newest)
     assert re.fullmatch(fault, damage(newest))
     with caplog.at_level("WARNING", logger="transformers"):
-        from transformers.utils import logging
-
         logging.enable_propagation()
         assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-6")
     assert re.search(f"stepping over {re.escape(str(newest))}: {fault}", caplog.text)
@@ -191,6 +192,29 @@ def test_what_resume_from_checkpoint_means(unbroken, tmp_path):
         checkpoint_to_resume(str(tmp_path / "nowhere"), tmp_path)
 
 
+def test_a_checkpoint_without_its_optimizer_is_refused(unbroken, tmp_path):
+    """Trainer would go on from it with a fresh optimizer and schedule, and say nothing."""
+    (tmp_path / "run").mkdir()
+    options = Options(str(tmp_path / "run"), steps=3, arguments={"save_only_model": True})
+    assert launch(options) == [0]
+    newest = tmp_path / "run" / "checkpoint-3"
+    assert damage(newest) is None and not (newest / "optimizer.pt").exists()
+    options.resume = "auto"
+    assert launch(options) == [USER_ERROR]
+    way_out = f"train on from its weights as a new run (model_name_or_path: {newest}, another output_dir)"
+    without = "it was saved without its optimizer (save_only_model)"
+    refused = f"no checkpoint can be gone on from (checkpoint-3: {without}; checkpoint-2: {without}); {way_out}"
+    with pytest.raises(RecipeError, match=re.escape(refused)):
+        checkpoint_to_resume("auto", newest.parent)
+    with pytest.raises(RecipeError, match=re.escape(f"checkpoint-3: {without}; {way_out}")):
+        checkpoint_to_resume(str(newest), tmp_path)
+    shutil.copytree(unbroken / "checkpoint-6", tmp_path / "both" / "checkpoint-6")
+    shutil.move(newest, tmp_path / "both" / "checkpoint-8")
+    (tmp_path / "both" / "checkpoint-8" / MANIFEST).unlink()
+    seal(tmp_path / "both" / "checkpoint-8", 8, {})
+    assert newest_complete(tmp_path / "both") == str(tmp_path / "both" / "checkpoint-6")
+
+
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
@@ -211,6 +235,24 @@ def test_which_launch_may_go_on(then, now, message, tmp_path):
     else:
         with pytest.raises(RecipeError, match=re.escape(message)):
             check_fits(tmp_path, launched)
+
+
+def test_other_rows_are_refused_and_other_versions_told(tmp_path, caplog):
+    """A manifest of before they were kept has neither, and a trainer that was not told its rows has no digest."""
+    launched = {"world_size": 1, "zero_stage": None, "batch_per_update": 8}
+    ours = launched | {"rows": "a", "versions": {"torch": "2.9", "trl": "1.0", "peft": "0.18"}}
+    logging.enable_propagation()
+    for then in (launched, launched | {"rows": None, "versions": ours["versions"]}, ours):
+        seal(tmp_path, 5, then)
+        check_fits(tmp_path, ours)
+    check_fits(tmp_path, launched | {"rows": None, "versions": ours["versions"]})
+    assert not caplog.records
+    check_fits(tmp_path, ours | {"versions": {"torch": "2.10", "trl": "1.0"}})
+    assert f"other versions than {tmp_path} was saved with (torch 2.9 → 2.10, peft 0.18 → None)" in caplog.text
+    assert len(caplog.records) == 1
+    way_out = rf"put back .*, or train on .* \(model_name_or_path: {tmp_path}, another output_dir\)"
+    with pytest.raises(RecipeError, match=f"{tmp_path} is of other training rows: .*; {way_out}"):
+        check_fits(tmp_path, ours | {"rows": "b"})
 
 
 def test_sigterm_saves_and_exits_with_its_own_code(unbroken, tmp_path):

@@ -109,3 +109,17 @@ def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(RecipeError, match="nor in the Hub's cache, and 127.0.0.1 cannot be reached"):
             environment.check_model_path("nobody/no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("variable", "asked"),
+    [("NO_PROXY", True), ("HTTPS_PROXY", False), ("http_proxy", False), ("ALL_PROXY", False), (None, True)],
+)
+def test_only_a_proxy_spares_the_question_whether_a_server_answers(variable, asked, monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    if variable is not None:
+        monkeypatch.setenv(variable, "127.0.0.1:1")
+    with socket.socket() as free:  # a port that refuses
+        free.bind(("127.0.0.1", 0))
+        assert environment.reachable("127.0.0.1", free.getsockname()[1]) is not asked

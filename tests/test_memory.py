@@ -1,10 +1,13 @@
 """The estimate of a run's memory and disk, by hand."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from disk import Saved, check_disk, checkpoints_kept, disk_needed
+from conftest import build_model
+from disk import Saved, check_disk, check_room, checkpoints_kept, disk_needed
 from errors import RecipeError
 from launching import Launch
 from memory import Work, phases, states
@@ -110,3 +113,41 @@ def test_a_disk_that_is_too_small(tmp_path):
     check_disk(tmp_path / "not" / "yet", 1, "3 checkpoints")
     with pytest.raises(RecipeError, match="3 checkpoints need 1000000.0 GB and .* GB are free"):
         check_disk(tmp_path / "not" / "yet", 10**15, "3 checkpoints")
+
+
+def leave_behind(folder: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+
+
+@pytest.mark.parametrize(
+    ("steps", "written"),
+    [
+        ((), 0),  # the first start
+        ((200, 400), 2),
+        ((200, 400, 600), 2),  # killed before the oldest was removed: the next is written beside all three
+        ((200,), 1),
+    ],
+)
+def test_what_a_resumed_run_has_written_is_not_asked_for_again(steps, written, tmp_path, monkeypatch):
+    """
+    39,072 weights in float32 with two Adam states each are checkpoints of 468,864 bytes, two kept and one in the
+    making, and final weights of 156,288. What an interrupted save and a finished run left is written over as well.
+    """
+    each, weights = 39_072 * 12, 39_072 * 4
+    left = {f"checkpoint-{step}/global_step{step}/optim_states.pt": each for step in steps}
+    left |= {".saving/checkpoint-800/model.safetensors": 1000, "model.safetensors": 500} if steps else {}
+    leave_behind(tmp_path, left | {"checkpoint-notes/much": 10_000, "wandb/log": 10_000})
+    need = 3 * each + weights - written * each - (1500 if steps else 0)
+    batch = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "world_size": 1, "max_steps": 1000}
+    training = saving(**batch, output_dir=str(tmp_path), deepspeed_plugin=None)
+    resolved = SimpleNamespace(training=training, model=SimpleNamespace(use_peft=False))
+
+    def start(free: int) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+        check_room(build_model(), resolved, rows=2000)
+
+    start(need)
+    with pytest.raises(RecipeError, match="3 checkpoints of 0.0 GB and the final weights need 0.0 GB"):
+        start(need - 1)

@@ -15,6 +15,7 @@ import ranks
 import watch
 from errors import PEER_LOST, RecipeError
 from forked import run_ranks
+from nodes import free_port
 
 
 def joined(rank: int, work, *arguments):
@@ -214,15 +215,20 @@ def test_an_address_that_does_not_resolve():
     run_ranks(1, lost)
 
 
-def watched(rank: int, port: int, victim: int, how: str) -> None:
-    """Two ranks under a watch; the victim freezes, dies or ends in order."""
+def under_watch(rank: int, port: int) -> watch.Watch:
+    """Of two ranks this one, with a quick pulse."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update(
         {key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     watch.BEAT_SECONDS = 0.2
     ranks.join_processes(timeout=60)
-    pulse = watch.Watch(lost_after=2.0)
+    return watch.Watch(lost_after=2.0)
+
+
+def watched(rank: int, port: int, victim: int, how: str) -> None:
+    """Two ranks under a watch; the victim freezes, dies or ends in order."""
+    pulse = under_watch(rank, port)
     time.sleep(1)
     if rank == victim and how == "freeze":
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -238,9 +244,7 @@ def watched(rank: int, port: int, victim: int, how: str) -> None:
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("how", ["freeze", "die", "end"])
 def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("fork")
     both = [context.Process(target=watched, args=(rank, port, victim, how)) for rank in range(2)]
     for process in both:
@@ -257,6 +261,43 @@ def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
             assert f"stops: {name} was not heard of for 2 s: frozen, or cut off" in capfd.readouterr().err
         else:
             assert survivor.exitcode != 0
+    finally:
+        for process in both:
+            process.kill()
+            process.join()
+
+
+def suspended(rank: int, port: int, watching, woken: Path) -> None:
+    """Work on for longer than a peer may be silent after waking, then end in order."""
+    pulse = under_watch(rank, port)
+    watching.wait(60)
+    while not woken.exists():
+        time.sleep(0.1)
+    time.sleep(3)
+    pulse.stop()
+    os._exit(0)
+
+
+def test_a_job_that_is_suspended_goes_on_when_it_is_woken(tmp_path, capfd):
+    """All ranks stand still for longer than one may be silent, and are woken one after the other."""
+    context = multiprocessing.get_context("fork")
+    port, watching, woken = free_port(), context.Barrier(3), tmp_path / "woken"
+    both = [context.Process(target=suspended, args=(rank, port, watching, woken)) for rank in range(2)]
+    for process in both:
+        process.start()
+    try:
+        watching.wait(60)
+        time.sleep(0.5)
+        for process in both:
+            os.kill(process.pid, signal.SIGSTOP)
+        time.sleep(4)
+        for process in both:
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.5)
+        woken.touch()
+        for process in both:
+            process.join(20)
+        assert [process.exitcode for process in both] == [0, 0], capfd.readouterr().err
     finally:
         for process in both:
             process.kill()

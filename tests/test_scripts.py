@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,36 @@ def test_the_resolved_recipe_is_the_same_run(folder):
     ]
     first, second = (load_file(folder / name / "model.safetensors") for name in ("full", "again"))
     assert all(first[name].equal(second[name]) for name in first)
+
+
+SFT = """\
+model_name_or_path: {model}
+output_dir: {out}
+dtype: float32
+bf16: false
+use_cpu: true
+max_steps: 3
+per_device_train_batch_size: 4
+datasets:
+  - path: {folder}/train.jsonl
+    columns: {{prompt: prompt, chosen: chosen, rejected: rejected}}
+"""
+
+
+@pytest.mark.parametrize(("stage", "text"), [("dpo", RECIPE), ("sft", SFT)])
+def test_a_run_does_not_go_on_with_other_rows(stage, text, folder, tmp_path, model_folder):
+    """The recipe is the same, so only the rows themselves tell; with what the run began with it goes on."""
+    for name in ("train", "test"):
+        shutil.copy(folder / f"{name}.jsonl", tmp_path)
+    (tmp_path / f"{stage}.yaml").write_text(text.format(folder=tmp_path, model=model_folder, out=tmp_path / "run"))
+    arguments = [f"--config={tmp_path}/{stage}.yaml", "--resume_from_checkpoint=auto"]
+    script(stage, *arguments)
+    rows = (tmp_path / "train.jsonl").read_text()
+    (tmp_path / "train.jsonl").write_text(rows.replace("bread", "cake"))
+    code, errors = run_script(f"{stage}.py", arguments)
+    assert code == 2 and "checkpoint-3 is of other training rows" in errors
+    (tmp_path / "train.jsonl").write_text(rows)
+    script(stage, *arguments)
 
 
 @pytest.mark.parametrize("run", ["full", "lora"])

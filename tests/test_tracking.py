@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+import environment
 import tracking
 from test_environment import in_fresh_process
 
@@ -56,10 +57,26 @@ def test_what_the_user_says_of_wandb_stands(no_wandb, monkeypatch):
     assert (os.environ["WANDB_MODE"], os.environ["WANDB_RUN_ID"]) == ("disabled", "mine")
 
 
-def test_wandb_is_offline_with_the_hub(no_wandb, monkeypatch):
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_wandb_is_offline_where_the_user_wants_no_network(value, no_wandb, monkeypatch):
+    """Also with a model and data that are on this disk; nothing is asked whether it answers."""
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    monkeypatch.setattr(tracking, "reachable", lambda *_: pytest.fail("a call into the network"))
+    environment.go_offline_if_local([str(no_wandb)])
     assert "HF_HUB_OFFLINE" in tracking.prepare_wandb(no_wandb)
+
+
+def test_a_local_model_and_local_data_leave_wandb_online(no_wandb, monkeypatch):
+    """They keep the libraries from asking the Hub, which says nothing of wandb's server."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.setattr(environment, "switched_off", False)  # taken back after the test
+    assert environment.go_offline_if_local([str(no_wandb)])
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        assert tracking.prepare_wandb(no_wandb) is None
 
 
 def test_one_wandb_run_per_output_folder(no_wandb, monkeypatch):
