@@ -9,7 +9,7 @@
 # they meet. Under Slurm the list is the job's. A node's rank is its place in the list, the processes are its GPUs (with
 # a CPU config: that config's processes, shared out), and the port follows from the list. What can be set, if need be:
 #   NODE_RANK           this node's place, counted from 0, where its name is not in the list
-#   PROCESSES_PER_NODE  instead of its number of GPUs
+#   PROCESSES_PER_NODE  instead of its number of GPUs (a config of one process has one, whatever the node has)
 #   PORT                where the port that follows from the list is taken
 #   START_SECONDS       how long a node waits for the others to start (50)
 #
@@ -59,8 +59,15 @@ fi
 port=${PORT:-$((20000 + $(cksum <<<"${nodes[*]} ${SLURM_JOB_ID:-}" | cut -d' ' -f1) % 10000))}
 
 # ---------------------------------------------------------------- how many processes on it
-setting() { sed -n "s/^ *$1: *\([^ #]*\).*/\1/p" "$config"; }
+setting() { sed -n "s/^ *$1: *\"\{0,1\}\([^ #\"]*\).*/\1/p" "$config"; }
 cores=$(nproc)
+alone=""
+if [ "$(setting distributed_type)" = NO ]; then # accelerate starts one process, whatever number it is given
+    alone=yes
+    several="$config is for one process; take zero3-nodes.yaml for several nodes, ddp.yaml or zero3.yaml for several GPUs"
+    [ "$number" -eq 1 ] || fail "NODES are $number (${nodes[*]}), but $several"
+    [ "${PROCESSES_PER_NODE:-1}" -le 1 ] || fail "PROCESSES_PER_NODE is $PROCESSES_PER_NODE, but $several"
+fi
 if [ -n "${PROCESSES_PER_NODE:-}" ]; then
     processes=$PROCESSES_PER_NODE
 elif [ "$(setting use_cpu)" = true ]; then
@@ -73,6 +80,12 @@ else
     processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 fi
 [ "$processes" -gt 0 ] || fail "no GPU on $(hostname); take accelerate_configs/cpu.yaml or zero3-cpu.yaml to run without"
+if [ "$alone" ] && [ "$(setting use_cpu)" != true ]; then
+    [ "$processes" -eq 1 ] || echo "note: $config uses one of $processes GPUs; ddp.yaml and zero3.yaml use all"
+    processes=1
+    gpus=${CUDA_VISIBLE_DEVICES:-0}
+    export CUDA_VISIBLE_DEVICES=${gpus%%,*} # all that one process sees, transformers puts to use by nn.DataParallel
+fi
 if [ "$number" -gt 1 ] && [ "$(setting distributed_type)" = DEEPSPEED ]; then
     [ "$(setting deepspeed_multinode_launcher)" = standard ] ||
         fail "$config: over several nodes it needs deepspeed_multinode_launcher: standard; take zero3-nodes.yaml"

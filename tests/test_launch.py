@@ -61,6 +61,7 @@ def test_the_launcher_arrives_at_what_the_file_says(config):
 # ---------------------------------------------------------------------------------------------------- launch.sh
 
 CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_configs" / "zero3-nodes.yaml"
+ONE, GPU = "accelerate_configs/cpu.yaml", "accelerate_configs/gpu.yaml"
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def stand_ins(tmp_path) -> Path:
     node of eight GPUs, Slurm's commands for two nodes.
     """
     commands = {
-        "python": '[ "$1" = -c ] || echo "$@"',
+        "python": '[ "$1" = -c ] || echo "GPUs: ${CUDA_VISIBLE_DEVICES:-all} $@"',
         "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
         "hostname": "echo gpu-b",
         "getent": "[[ $2 != *.invalid ]]",
@@ -135,6 +136,18 @@ def test_one_node_needs_no_list(stand_ins):
     assert options_of(two)["--num_processes"] == "2"
 
 
+def test_a_config_of_one_process_starts_one(stand_ins):
+    """`distributed_type: NO`, quoted or not: accelerate starts a single process whatever --num_processes says."""
+    gpu = start(stand_ins, GPU, "tests/tiny_run.py")
+    assert options_of(gpu)["--num_processes"] == "1" and ": 1 processes, 1 in all" in gpu.stdout
+    assert gpu.stdout.startswith(f"note: {GPU} uses one of 8 GPUs; ddp.yaml and zero3.yaml use all\n")
+    assert "GPUs: 0 " in gpu.stdout
+    third = start(stand_ins, GPU, "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="3,4", PROCESSES_PER_NODE="1")
+    assert options_of(third)["--num_processes"] == "1" and "GPUs: 3 " in third.stdout
+    cpu = start(stand_ins, ONE, "tests/tiny_run.py")
+    assert options_of(cpu)["--num_processes"] == "1" and "note:" not in cpu.stdout and "GPUs: all " in cpu.stdout
+
+
 def test_processes_of_a_cpu_config_are_shared_out(stand_ins):
     assert options_of(start(stand_ins, CPU, "tests/tiny_run.py"))["--num_processes"] == "2"
     options = options_of(start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b"))
@@ -161,6 +174,10 @@ def test_slurm_says_which_node_this_is(stand_ins):
         ("accelerate_configs/zero3.yaml", "tests/tiny_run.py", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
         (NODES, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
         (NODES, "tests/tiny_run.py", {"NODES": "no.invalid gpu-b"}, "no.invalid, is no name that gpu-b knows"),
+        (GPU, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "4"}, "PROCESSES_PER_NODE is 4, but"),
+        (GPU, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "is for one process; take zero3-nodes.yaml"),
+        (ONE, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "but accelerate_configs/cpu.yaml is for one"),
+        (ONE, "tests/tiny_run.py", {"NODES": "a gpu-b", "PROCESSES_PER_NODE": "1"}, "NODES are 2 (a gpu-b), but"),
     ],
 )
 def test_what_cannot_start_is_told(config, script, environment, message, stand_ins):
