@@ -52,8 +52,6 @@ class StopOnSignal(TrainerCallback):
         """End the process if a signal stopped the training at `step`, which is saved."""
         if not self.stopped:
             return
-        if dist.is_initialized():
-            dist.barrier()  # rank 0 may still be putting the checkpoint in place
         if rank() == 0:
             print(
                 f"stopped by a signal at step {step}, which is saved; start again with resume_from_checkpoint: auto",
@@ -61,4 +59,8 @@ class StopOnSignal(TrainerCallback):
             )
         if run := getattr(sys.modules.get("wandb"), "run", None):
             run.finish(exit_code=SAVED_ON_SIGNAL)
+        if dist.is_initialized():
+            # Rank 0 may still be putting the checkpoint in place, or wandb be sending: a node that has ended has
+            # Slurm kill the others.
+            dist.barrier()
         leave(SAVED_ON_SIGNAL)

@@ -12,10 +12,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import stopping
 from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
 from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
 from stopping import StopOnSignal
@@ -219,6 +221,29 @@ def test_sigterm_saves_and_exits_with_its_own_code(unbroken, tmp_path):
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert launch(Options(str(tmp_path), resume="auto")) == [0]
     assert assert_same_run(tmp_path, unbroken) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_stopped_run_leaves_when_all_is_told(monkeypatch, capsys):
+    """Slurm kills the other nodes soon after the first has left: rank 0's line and its wandb run come before."""
+    order = []
+
+    def record(name: str, code: int | None = None) -> None:
+        order.append((name, code, capsys.readouterr().out[:28]))
+
+    run = SimpleNamespace(finish=lambda exit_code: record("finish", exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run))
+    monkeypatch.setattr(stopping.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(stopping.dist, "barrier", lambda: record("barrier"))
+    monkeypatch.setattr(stopping, "leave", lambda code: record("leave", code))
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    stop = StopOnSignal()
+    stop.stopped = True
+    stop.exit_if_stopped(3)
+    assert order == [
+        ("finish", SAVED_ON_SIGNAL, "stopped by a signal at step "),
+        ("barrier", None, ""),
+        ("leave", SAVED_ON_SIGNAL, ""),
+    ]
 
 
 def in_fork(work, tmp_path) -> tuple[int, str]:
