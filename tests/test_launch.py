@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def stand_ins(tmp_path) -> Path:
         "hostname": "echo gpu-b",
         "getent": "[[ $2 != *.invalid ]]",
         "scontrol": '[ "$1" = show ] && { echo gpu-a; echo gpu-b; } || echo "scontrol $*"',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done\necho "srun: ${SRUN_CPUS_PER_TASK:-no} cores"\n'
+        'SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
     }
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -89,8 +91,8 @@ def stand_ins(tmp_path) -> Path:
 def start(
     stand_ins: Path, *arguments: str | Path, script: Path = LAUNCH, **environment: str
 ) -> subprocess.CompletedProcess:
-    slurm = [name for name in os.environ if name.startswith("SLURM_") or name in ("NODES", "CUDA_VISIBLE_DEVICES")]
-    env = {name: value for name, value in os.environ.items() if name not in slurm}
+    set_outside = re.compile("(SLURM|SRUN)_.*|NODES|CUDA_VISIBLE_DEVICES")
+    env = {name: value for name, value in os.environ.items() if not set_outside.fullmatch(name)}
     env |= {"PATH": f"{stand_ins}:{os.environ['PATH']}"} | environment
     return subprocess.run(
         ["bash", script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
@@ -193,6 +195,18 @@ def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
     assert done.returncode == int(code)
     assert ("scontrol requeue 77" in done.stdout) == requeued
     assert "tests/tiny_run.py --resume_from_checkpoint auto" in done.stdout
+
+
+@pytest.mark.parametrize(("asked", "given"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "no")])
+def test_the_cores_of_a_slurm_job_reach_its_tasks(asked, given, stand_ins):
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT)} | asked
+    done = start(stand_ins, NODES, "tests/tiny_run.py", script=ROOT / "recipes" / "launch.slurm", **slurm)
+    assert done.returncode == 0 and f"srun: {given} cores\n" in done.stdout
+
+
+def test_the_log_of_a_slurm_job_is_in_a_folder_that_a_clone_has():
+    options = re.findall(r"^#SBATCH --(\w+)=(\S+)", (ROOT / "recipes" / "launch.slurm").read_text(), re.MULTILINE)
+    assert (ROOT / dict(options)["output"]).parent == ROOT
 
 
 # --------------------------------------------------------------------------------------------- real runs through it
