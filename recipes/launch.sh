@@ -6,8 +6,9 @@
 #   sbatch recipes/launch.slurm accelerate_configs/zero3-nodes.yaml recipes/dpo.py --config my.yaml
 #
 # NODES names all nodes (host names or addresses, or a file with one a line), the same list on each; the first is where
-# they meet. Under Slurm the list is the job's. A node's rank is its place in the list, the processes are its GPUs (with
-# a CPU config: that config's processes, shared out), and the port follows from the list. What can be set, if need be:
+# they meet. Under Slurm the list is the job's, unless NODES is set. A node's rank is its place in the list, the
+# processes are its GPUs (with a CPU config: that config's processes, shared out), and the port follows from the list.
+# What can be set, if need be:
 #   NODE_RANK           this node's place, counted from 0, where its name is not in the list
 #   PROCESSES_PER_NODE  instead of its number of GPUs (a config of one process has one, whatever the node has)
 #   PORT                where the port that follows from the list is taken
@@ -36,9 +37,10 @@ done
 [ -n "$python" ] || fail "no python that has accelerate: activate the environment that has it"
 
 # ---------------------------------------------------------------- which nodes, and which of them is this one
-if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
+if [ -z "${NODES:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) ||
+        fail "no scontrol on $(hostname) that could read the Slurm job's list of nodes, $SLURM_JOB_NODELIST; set NODES"
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}} # without srun no SLURM_NODEID: then by its name
 fi
 nodes=${NODES:-$(hostname)}
 [ ! -f "$nodes" ] || nodes=$(cut -d' ' -f1 "$nodes") # also a hostfile: "node1 slots=8"

@@ -165,6 +165,26 @@ def test_slurm_says_which_node_this_is(stand_ins):
     assert options["--main_process_ip"] == "gpu-a"
 
 
+def test_a_list_that_is_given_counts_over_slurms(stand_ins):
+    """Slurm's is gpu-a and gpu-b, of which SLURM_NODEID says that this is the first; the list given has three."""
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NODEID": "0"}
+    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", NODES="gpu-c gpu-a gpu-b", **slurm))
+    assert (options["--machine_rank"], options["--num_machines"]) == ("2", "3")
+    assert options["--main_process_ip"] == "gpu-c"
+
+
+def test_a_slurm_job_without_srun_or_scontrol(stand_ins):
+    """An salloc's shell has no SLURM_NODEID, and a container often no scontrol."""
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]"}
+    assert options_of(start(stand_ins, NODES, "tests/tiny_run.py", **slurm))["--machine_rank"] == "1"
+    (stand_ins / "scontrol").unlink()
+    done = start(stand_ins, NODES, "tests/tiny_run.py", SLURM_NODEID="1", **slurm)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: no scontrol on gpu-b that could read the Slurm job's list of nodes, gpu-[a-b]; set NODES\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "script", "environment", "message"),
     [
