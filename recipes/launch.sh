@@ -24,6 +24,18 @@ fail() {
     exit 2
 }
 
+signalled="" launcher=""
+on_signal() {
+    signalled=$1
+    if [ -z "$launcher" ]; then
+        echo "stopped by SIG$signalled before the start; start again as before"
+        exit 75
+    fi
+    pkill -USR1 -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
+}
+trap 'on_signal TERM' TERM
+trap 'on_signal USR1' USR1
+
 [ $# -ge 2 ] || fail "usage: recipes/launch.sh ACCELERATE_CONFIG SCRIPT [--config RECIPE] [--key value …]"
 config=$1
 shift
@@ -119,7 +131,6 @@ setsid "${guard[@]}" "$python" "$folder/accelerate_launch.py" --config_file "$co
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
     --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!
-trap 'pkill -USR1 -P $launcher || kill -TERM $launcher 2>/dev/null || true' TERM USR1
 trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP
 
 status=0
@@ -127,7 +138,10 @@ while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break # else: `wait` was interrupted by a signal
 done
-if [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
+if [ "$status" -ne 0 ] && [ "$signalled" ] && [ ! -e "$LAUNCH_EXIT_CODE" ]; then # no process was there to answer it
+    echo "stopped by SIG$signalled before the start; start again as before"
+    status=75
+elif [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
     fail "the nodes (${nodes[*]}) did not meet at $first:$port in $START_SECONDS s; start the same command on each of them"
 fi
 [ ! -s "$LAUNCH_EXIT_CODE" ] || status=$(cat "$LAUNCH_EXIT_CODE")

@@ -208,6 +208,31 @@ def test_what_cannot_start_is_told(config, script, environment, message, stand_i
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "script", "code"),
+    [
+        ("nvidia-smi", "touch ready; sleep 1; echo GPU 0", 75),  # launch.sh itself, which has started nothing
+        ("python", '[ "$1" = -c ] || { touch ready; exec sleep 30; }', 75),  # the launcher, which has no process
+        ("python", '[ "$1" = -c ] || { touch ready; sleep 30; exit 1; }', 75),  # a process that has no handler yet
+        ("python", '[ "$1" = -c ] || { touch $LAUNCH_EXIT_CODE ready; sleep 30; exit 1; }', 1),  # one that crashes
+        ("python", '[ "$1" = -c ] || { touch ready; sleep 30; exit 0; }', 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_there_is_a_run(name, command, script, code, stand_ins, tmp_path):
+    (stand_ins / command).write_text(f"#!/bin/bash\n{script.replace('ready', str(tmp_path / 'ready'))}\n")
+    env = os.environ | {"PATH": f"{stand_ins}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    words = ["bash", LAUNCH, "accelerate_configs/zero3.yaml", "tests/tiny_run.py"]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # until launch.sh waits
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert (f"stopped by {name} before the start; start again as before\n" in output) == (code == 75)
+
+
 @pytest.mark.parametrize(("code", "requeued"), [("0", False), ("1", False), ("75", True)])
 def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
     slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "SRUN_CODE": code}
