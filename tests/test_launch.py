@@ -365,6 +365,21 @@ def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the last line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "code"), [("os.kill(os.getpid(), 9)", 1), ("sys.exit(4)", 1), ("leave(75)", 75)])
+def test_a_crash_is_not_taken_for_the_signal_that_ends_the_others(ending, code, tmp_path):
+    """torch's launcher ends the first process by SIGTERM, which it answers as one that is saved: with 75."""
+    script = tmp_path / "ends.py"
+    lines = ["import os, sys, time", f"sys.path[:0] = [{str(ROOT / 'recipes')!r}]"]
+    lines += ["from environment import prepare_environment", "from errors import leave", "prepare_environment()"]
+    lines += ["if os.environ['RANK'] == '1':", "    time.sleep(1)", f"    {ending}", "time.sleep(60)"]
+    script.write_text("\n".join(lines))
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", LAUNCH, CPU, script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert "stopped by SIGTERM before the first update" in done.stdout
+    assert done.returncode == code, done.stderr
+
+
 def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
     """Two processes under torch's launcher, of which the second ends like this."""
     script = folder / "ends.py"
