@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from torch.distributed import DistStoreError
 
 import accelerate_launch
 from checkpoints import newest_complete
-from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, nodes_of_two
+from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two
 from tiny_run import outcome
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -320,11 +322,15 @@ def test_a_lost_node_ends_the_other_within_a_minute(fate, victim, two_nodes, nod
 
 
 @pytest.mark.slow
-def test_a_node_that_waits_in_vain(two_nodes, nodes, tmp_path):
-    prefix, environment = two_nodes[1]
+@pytest.mark.parametrize("where", ["two nodes", "loopback"])
+def test_a_node_that_waits_in_vain(where, two_nodes, nodes, tmp_path):
+    loopback = {"NODES": "127.0.0.1 127.0.0.1", "NODE_RANK": "1", "PORT": str(free_port())}
+    prefix, environment = two_nodes[1] if where == "two nodes" else ([], loopback)
+    begun = time.monotonic()
     node = nodes(prefix, environment | {"START_SECONDS": "10"}, CPU, output_dir=str(tmp_path))
     code, output = node.wait(60)
-    assert code not in (0, 75), output
+    assert code == 2 and re.search(r"error: the nodes .* did not meet at \S+ in 10 s; start the same", output), output
+    assert time.monotonic() - begun < 18, "torch's launcher waits twice as long"
 
 
 @pytest.mark.slow
@@ -401,6 +407,24 @@ def test_a_failed_process_is_told_in_a_line(ending, line, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == line
     assert "Traceback" not in done.stderr
+
+
+def test_the_first_node_is_waited_for_as_long_as_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        accelerate_launch.await_first_node("127.0.0.1", port, 5)
+    begun = time.monotonic()
+    servers: list[socket.socket] = []
+    late = threading.Timer(1, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
+    late.start()
+    accelerate_launch.await_first_node("127.0.0.1", port, 5)
+    assert 0.5 < time.monotonic() - begun < 4
+    late.join()
+    servers[0].close()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="launcher: nothing answers at 127.0.0.1:1$"):
+        accelerate_launch.await_first_node("127.0.0.1", 1, 2)
+    assert 1.9 < time.monotonic() - begun < 4
 
 
 def test_only_the_launchers_own_exceptions_become_a_line(capsys):
