@@ -285,6 +285,29 @@ def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_
     assert (tmp_path / "code").read_text() == "75", "what launch.sh ends with"
 
 
+@pytest.mark.parametrize("early", [True, False], ids=["in the last save", "after it"])
+@pytest.mark.parametrize(
+    ("saved", "only_model", "code"), [(8, False, 75), (6, False, 0), (8, True, 0), (None, False, 75)]
+)
+def test_a_signal_after_the_last_update_ends_the_run_if_it_can_go_on_from_there(
+    early, saved, only_model, code, tmp_path
+):
+    """The run is one of 8 updates; saved None: it goes on from checkpoint-8. If it can't go on, it finishes."""
+
+    def end_of_a_run():
+        stop = StopOnSignal()
+        stop.on_train_begin(None, SimpleNamespace(global_step=0 if saved else 8), None)
+        if saved:
+            stop.on_save(SimpleNamespace(save_only_model=only_model), SimpleNamespace(global_step=saved), None)
+        if early:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.exit_if_stopped(8)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    line = "stopped by SIGTERM after the last update, which is saved; start again with resume_from_checkpoint: auto\n"
+    assert in_fork(end_of_a_run, tmp_path) == (code, line if code else "")
+
+
 def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
     """datasets ends its workers by SIGTERM; they inherit the handler, and must not speak for the run."""
 
