@@ -138,6 +138,9 @@ while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break # else: `wait` was interrupted by a signal
 done
+if [ "$status" -gt 128 ]; then # interrupted just as the launcher ended, perhaps: bash has kept its code
+    wait "$launcher" && status=0 || status=$?
+fi
 if [ "$status" -ne 0 ] && [ "$signalled" ] && [ ! -e "$LAUNCH_EXIT_CODE" ]; then # no process was there to answer it
     echo "stopped by SIG$signalled before the start; start again as before"
     status=75
