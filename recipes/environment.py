@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import sys
+import threading
 import urllib.parse
 import urllib.request
 import warnings
@@ -14,7 +15,7 @@ from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
-from errors import RecipeError
+from errors import SAVED_ON_SIGNAL, RecipeError, leave
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
@@ -24,8 +25,8 @@ switched_off = False  # HF_HUB_OFFLINE is set by `go_offline_if_local`, not from
 def prepare_environment() -> None:
     """
     Set what libraries read at import: no telemetry, no fork warnings, and as many threads as this process's share of
-    the cores; and end with the launcher. Call it before torch and transformers are imported; what the user has set
-    stays.
+    the cores; and end with the launcher, or on a signal. Call it before torch and transformers are imported; what the
+    user has set stays.
     """
     # Of names that the pinned versions still have: DeepSpeed's gathers alone would print a dozen lines a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
@@ -36,11 +37,32 @@ def prepare_environment() -> None:
         share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
     if place := os.environ.get("LAUNCH_EXIT_CODE"):
+        _leave_on_signal()
         Path(place).touch()  # tells launch.sh that the nodes have met; `errors.leave` writes into it
     if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
         # Started by `accelerate launch`: if that is killed, this process would train on unseen. It gets SIGTERM
         # instead, on which it saves and stops.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def _leave_on_signal() -> None:
+    """
+    Answer launch.sh's SIGTERM or SIGUSR1 from the first moment, until `stopping.StopOnSignal` takes over: nothing is
+    lost yet, so that the exit code is that of a saved run.
+    """
+    process = os.getpid()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != process:  # a forked worker, which its pool ends by SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        name = signal.Signals(number).name
+        os.write(1, f"stopped by {name} before the first update; start again as before\n".encode())
+        leave(SAVED_ON_SIGNAL)
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, end)
 
 
 def go_offline_if_local(paths: Iterable[str | None]) -> bool:

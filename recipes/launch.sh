@@ -6,10 +6,11 @@
 #   sbatch recipes/launch.slurm accelerate_configs/zero3-nodes.yaml recipes/dpo.py --config my.yaml
 #
 # NODES names all nodes (host names or addresses, or a file with one a line), the same list on each; the first is where
-# they meet. Under Slurm the list is the job's. A node's rank is its place in the list, the processes are its GPUs (with
-# a CPU config: that config's processes, shared out), and the port follows from the list. What can be set, if need be:
+# they meet. Under Slurm the list is the job's, unless NODES is set. A node's rank is its place in the list, the
+# processes are its GPUs (with a CPU config: that config's processes, shared out), and the port follows from the list.
+# What can be set, if need be:
 #   NODE_RANK           this node's place, counted from 0, where its name is not in the list
-#   PROCESSES_PER_NODE  instead of its number of GPUs
+#   PROCESSES_PER_NODE  instead of its number of GPUs (a config of one process has one, whatever the node has)
 #   PORT                where the port that follows from the list is taken
 #   START_SECONDS       how long a node waits for the others to start (50)
 #
@@ -22,6 +23,18 @@ fail() {
     echo "error: $*" >&2
     exit 2
 }
+
+signalled="" launcher=""
+on_signal() {
+    signalled=$1
+    if [ -z "$launcher" ]; then
+        echo "stopped by SIG$signalled before the start; start again as before"
+        exit 75
+    fi
+    pkill -USR1 -P "$launcher" || kill -TERM "$launcher" 2>/dev/null || true
+}
+trap 'on_signal TERM' TERM
+trap 'on_signal USR1' USR1
 
 [ $# -ge 2 ] || fail "usage: recipes/launch.sh ACCELERATE_CONFIG SCRIPT [--config RECIPE] [--key value …]"
 config=$1
@@ -36,9 +49,10 @@ done
 [ -n "$python" ] || fail "no python that has accelerate: activate the environment that has it"
 
 # ---------------------------------------------------------------- which nodes, and which of them is this one
-if [ -n "${SLURM_JOB_NODELIST:-}" ]; then
-    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    NODE_RANK=${NODE_RANK:-$SLURM_NODEID}
+if [ -z "${NODES:-}" ] && [ -n "${SLURM_JOB_NODELIST:-}" ]; then
+    NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST" 2>/dev/null) ||
+        fail "no scontrol on $(hostname) that could read the Slurm job's list of nodes, $SLURM_JOB_NODELIST; set NODES"
+    NODE_RANK=${NODE_RANK:-${SLURM_NODEID:-}} # without srun no SLURM_NODEID: then by its name
 fi
 nodes=${NODES:-$(hostname)}
 [ ! -f "$nodes" ] || nodes=$(cut -d' ' -f1 "$nodes") # also a hostfile: "node1 slots=8"
@@ -59,8 +73,15 @@ fi
 port=${PORT:-$((20000 + $(cksum <<<"${nodes[*]} ${SLURM_JOB_ID:-}" | cut -d' ' -f1) % 10000))}
 
 # ---------------------------------------------------------------- how many processes on it
-setting() { sed -n "s/^ *$1: *\([^ #]*\).*/\1/p" "$config"; }
+setting() { sed -n "s/^ *$1: *\"\{0,1\}\([^ #\"]*\).*/\1/p" "$config"; }
 cores=$(nproc)
+alone=""
+if [ "$(setting distributed_type)" = NO ]; then # accelerate starts one process, whatever number it is given
+    alone=yes
+    several="$config is for one process; take zero3-nodes.yaml for several nodes, ddp.yaml or zero3.yaml for several GPUs"
+    [ "$number" -eq 1 ] || fail "NODES are $number (${nodes[*]}), but $several"
+    [ "${PROCESSES_PER_NODE:-1}" -le 1 ] || fail "PROCESSES_PER_NODE is $PROCESSES_PER_NODE, but $several"
+fi
 if [ -n "${PROCESSES_PER_NODE:-}" ]; then
     processes=$PROCESSES_PER_NODE
 elif [ "$(setting use_cpu)" = true ]; then
@@ -73,6 +94,12 @@ else
     processes=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 fi
 [ "$processes" -gt 0 ] || fail "no GPU on $(hostname); take accelerate_configs/cpu.yaml or zero3-cpu.yaml to run without"
+if [ "$alone" ] && [ "$(setting use_cpu)" != true ]; then
+    [ "$processes" -eq 1 ] || echo "note: $config uses one of $processes GPUs; ddp.yaml and zero3.yaml use all"
+    processes=1
+    gpus=${CUDA_VISIBLE_DEVICES:-0}
+    export CUDA_VISIBLE_DEVICES=${gpus%%,*} # all that one process sees, transformers puts to use by nn.DataParallel
+fi
 if [ "$number" -gt 1 ] && [ "$(setting distributed_type)" = DEEPSPEED ]; then
     [ "$(setting deepspeed_multinode_launcher)" = standard ] ||
         fail "$config: over several nodes it needs deepspeed_multinode_launcher: standard; take zero3-nodes.yaml"
@@ -104,7 +131,6 @@ setsid "${guard[@]}" "$python" "$folder/accelerate_launch.py" --config_file "$co
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
     --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!
-trap 'pkill -USR1 -P $launcher || kill -TERM $launcher 2>/dev/null || true' TERM USR1
 trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP
 
 status=0
@@ -112,7 +138,13 @@ while :; do
     wait "$launcher" && status=0 || status=$?
     kill -0 "$launcher" 2>/dev/null || break # else: `wait` was interrupted by a signal
 done
-if [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
+if [ "$status" -gt 128 ]; then # interrupted just as the launcher ended, perhaps: bash has kept its code
+    wait "$launcher" && status=0 || status=$?
+fi
+if [ "$status" -ne 0 ] && [ "$signalled" ] && [ ! -e "$LAUNCH_EXIT_CODE" ]; then # no process was there to answer it
+    echo "stopped by SIG$signalled before the start; start again as before"
+    status=75
+elif [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
     fail "the nodes (${nodes[*]}) did not meet at $first:$port in $START_SECONDS s; start the same command on each of them"
 fi
 [ ! -s "$LAUNCH_EXIT_CODE" ] || status=$(cat "$LAUNCH_EXIT_CODE")

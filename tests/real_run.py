@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class Start:
     zero_stage: int | None = None
     kill: tuple[bytes, int, float] | None = None  # in the n-th deed of this kind, seconds after it began
     victim: int = 0  # the rank that is killed
+    signal: int = signal.SIGKILL  # what it is killed by
 
 
 @dataclass
@@ -163,7 +165,7 @@ def run(start: Start, recipe: Path, timeout: float = 180.0) -> Done:
         kind, number, delay = start.kill or (b"", 0, 0)
         if kind and deeds.endswith(kind) and deeds.count(kind) == number:
             time.sleep(delay)
-            ranks[start.victim].kill()
+            os.kill(ranks[start.victim].pid, start.signal)
             deadline = min(deadline, time.monotonic() + 10)
     for process in ranks:
         process.join(max(0.0, deadline - time.monotonic()))

@@ -12,11 +12,13 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.utils import logging
 
+import stopping
 from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
 from environment import versions
 from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
@@ -263,6 +265,29 @@ def test_sigterm_saves_and_exits_with_its_own_code(unbroken, tmp_path):
     assert assert_same_run(tmp_path, unbroken) == str(tmp_path / "checkpoint-3")
 
 
+def test_a_stopped_run_leaves_when_all_is_told(monkeypatch, capsys):
+    """Slurm kills the other nodes soon after the first has left: rank 0's line and its wandb run come before."""
+    order = []
+
+    def record(name: str, code: int | None = None) -> None:
+        order.append((name, code, capsys.readouterr().out[:28]))
+
+    run = SimpleNamespace(finish=lambda exit_code: record("finish", exit_code))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(run=run))
+    monkeypatch.setattr(stopping.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(stopping.dist, "barrier", lambda: record("barrier"))
+    monkeypatch.setattr(stopping, "leave", lambda code: record("leave", code))
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    stop = StopOnSignal()
+    stop.stopped = True
+    stop.exit_if_stopped(3)
+    assert order == [
+        ("finish", SAVED_ON_SIGNAL, "stopped by a signal at step "),
+        ("barrier", None, ""),
+        ("leave", SAVED_ON_SIGNAL, ""),
+    ]
+
+
 def in_fork(work, tmp_path) -> tuple[int, str]:
     """Exit code and output of `work` in a process of its own."""
     log = tmp_path / "log"
@@ -300,6 +325,29 @@ def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_
     assert code == SAVED_ON_SIGNAL and (tmp_path / "flushed").exists()
     assert output == "stopped by SIGUSR1 before the first update; start again as before\n"
     assert (tmp_path / "code").read_text() == "75", "what launch.sh ends with"
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["in the last save", "after it"])
+@pytest.mark.parametrize(
+    ("saved", "only_model", "code"), [(8, False, 75), (6, False, 0), (8, True, 0), (None, False, 75)]
+)
+def test_a_signal_after_the_last_update_ends_the_run_if_it_can_go_on_from_there(
+    early, saved, only_model, code, tmp_path
+):
+    """The run is one of 8 updates; saved None: it goes on from checkpoint-8. If it can't go on, it finishes."""
+
+    def end_of_a_run():
+        stop = StopOnSignal()
+        stop.on_train_begin(None, SimpleNamespace(global_step=0 if saved else 8), None)
+        if saved:
+            stop.on_save(SimpleNamespace(save_only_model=only_model), SimpleNamespace(global_step=saved), None)
+        if early:
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.exit_if_stopped(8)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    line = "stopped by SIGTERM after the last update, which is saved; start again with resume_from_checkpoint: auto\n"
+    assert in_fork(end_of_a_run, tmp_path) == (code, line if code else "")
 
 
 def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):

@@ -1,6 +1,7 @@
 """The environment, the network and the model's folder: refused at once, with the way out."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import environment
-from errors import RecipeError
+from errors import SAVED_ON_SIGNAL, RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -48,6 +49,44 @@ def test_threads_are_this_processes_share(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     environment.prepare_environment()
     assert os.environ["OMP_NUM_THREADS"] == "1"
+
+
+def signalled(number: int, code: str, **environment: str) -> tuple[int, str]:
+    """Exit code and output of a process that gets a signal after it has printed a first line."""
+    env = os.environ | environment
+    command = [sys.executable, "-c", f"import os, time\n{code}\nprint('ready', flush=True)\ntime.sleep(30)"]
+    process = subprocess.Popen(command, cwd=RECIPES, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=20)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_imports_ends_a_launched_process_as_if_saved(number, tmp_path):
+    place = tmp_path / "code"
+    prepare = "import environment; environment.prepare_environment()"
+    code, output = signalled(number, prepare, LAUNCH_EXIT_CODE=str(place))
+    assert code == SAVED_ON_SIGNAL and place.read_text() == str(SAVED_ON_SIGNAL)
+    assert output == f"stopped by {number.name} before the first update; start again as before\n"
+    # In a process of a pool, which must not speak for the run.
+    fork = "if worker := os.fork(): os._exit(128 - os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))"
+    kill = f"os.kill(os.getpid(), {int(number)})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os\n{prepare}\n{fork}\n{kill}"],
+        cwd=RECIPES,
+        env=os.environ | {"LAUNCH_EXIT_CODE": str(tmp_path / "pool")},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, (tmp_path / "pool").read_text()) == (128 + number, "", "")
+
+
+def test_a_process_that_is_not_launched_or_not_the_main_thread_keeps_the_systems_answer(tmp_path):
+    assert signalled(signal.SIGTERM, "import environment; environment.prepare_environment()") == (-15, "")
+    thread = "import environment, threading\n"
+    thread += "work = threading.Thread(target=environment.prepare_environment); work.start(); work.join()"
+    assert signalled(signal.SIGTERM, thread, LAUNCH_EXIT_CODE=str(tmp_path / "code")) == (-15, "")
 
 
 @pytest.mark.parametrize("loaded_before", [True, False])

@@ -2,9 +2,12 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from torch.distributed import DistStoreError
 
 import accelerate_launch
 from checkpoints import newest_complete
-from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, nodes_of_two
+from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two
 from tiny_run import outcome
 
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
@@ -61,6 +64,7 @@ def test_the_launcher_arrives_at_what_the_file_says(config):
 # ---------------------------------------------------------------------------------------------------- launch.sh
 
 CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_configs" / "zero3-nodes.yaml"
+ONE, GPU = "accelerate_configs/cpu.yaml", "accelerate_configs/gpu.yaml"
 
 
 @pytest.fixture
@@ -70,12 +74,13 @@ def stand_ins(tmp_path) -> Path:
     node of eight GPUs, Slurm's commands for two nodes.
     """
     commands = {
-        "python": '[ "$1" = -c ] || echo "$@"',
+        "python": '[ "$1" = -c ] || echo "GPUs: ${CUDA_VISIBLE_DEVICES:-all} $@"',
         "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
         "hostname": "echo gpu-b",
         "getent": "[[ $2 != *.invalid ]]",
         "scontrol": '[ "$1" = show ] && { echo gpu-a; echo gpu-b; } || echo "scontrol $*"',
-        "srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
+        "srun": 'while [[ $1 == --* ]]; do shift; done\necho "srun: ${SRUN_CPUS_PER_TASK:-no} cores"\n'
+        'SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
     }
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -88,8 +93,8 @@ def stand_ins(tmp_path) -> Path:
 def start(
     stand_ins: Path, *arguments: str | Path, script: Path = LAUNCH, **environment: str
 ) -> subprocess.CompletedProcess:
-    slurm = [name for name in os.environ if name.startswith("SLURM_") or name in ("NODES", "CUDA_VISIBLE_DEVICES")]
-    env = {name: value for name, value in os.environ.items() if name not in slurm}
+    set_outside = re.compile("(SLURM|SRUN)_.*|NODES|CUDA_VISIBLE_DEVICES")
+    env = {name: value for name, value in os.environ.items() if not set_outside.fullmatch(name)}
     env |= {"PATH": f"{stand_ins}:{os.environ['PATH']}"} | environment
     return subprocess.run(
         ["bash", script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
@@ -135,6 +140,18 @@ def test_one_node_needs_no_list(stand_ins):
     assert options_of(two)["--num_processes"] == "2"
 
 
+def test_a_config_of_one_process_starts_one(stand_ins):
+    """`distributed_type: NO`, quoted or not: accelerate starts a single process whatever --num_processes says."""
+    gpu = start(stand_ins, GPU, "tests/tiny_run.py")
+    assert options_of(gpu)["--num_processes"] == "1" and ": 1 processes, 1 in all" in gpu.stdout
+    assert gpu.stdout.startswith(f"note: {GPU} uses one of 8 GPUs; ddp.yaml and zero3.yaml use all\n")
+    assert "GPUs: 0 " in gpu.stdout
+    third = start(stand_ins, GPU, "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="3,4", PROCESSES_PER_NODE="1")
+    assert options_of(third)["--num_processes"] == "1" and "GPUs: 3 " in third.stdout
+    cpu = start(stand_ins, ONE, "tests/tiny_run.py")
+    assert options_of(cpu)["--num_processes"] == "1" and "note:" not in cpu.stdout and "GPUs: all " in cpu.stdout
+
+
 def test_processes_of_a_cpu_config_are_shared_out(stand_ins):
     assert options_of(start(stand_ins, CPU, "tests/tiny_run.py"))["--num_processes"] == "2"
     options = options_of(start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b"))
@@ -150,6 +167,26 @@ def test_slurm_says_which_node_this_is(stand_ins):
     assert options["--main_process_ip"] == "gpu-a"
 
 
+def test_a_list_that_is_given_counts_over_slurms(stand_ins):
+    """Slurm's is gpu-a and gpu-b, of which SLURM_NODEID says that this is the first; the list given has three."""
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NODEID": "0"}
+    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", NODES="gpu-c gpu-a gpu-b", **slurm))
+    assert (options["--machine_rank"], options["--num_machines"]) == ("2", "3")
+    assert options["--main_process_ip"] == "gpu-c"
+
+
+def test_a_slurm_job_without_srun_or_scontrol(stand_ins):
+    """An salloc's shell has no SLURM_NODEID, and a container often no scontrol."""
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]"}
+    assert options_of(start(stand_ins, NODES, "tests/tiny_run.py", **slurm))["--machine_rank"] == "1"
+    (stand_ins / "scontrol").unlink()
+    done = start(stand_ins, NODES, "tests/tiny_run.py", SLURM_NODEID="1", **slurm)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: no scontrol on gpu-b that could read the Slurm job's list of nodes, gpu-[a-b]; set NODES\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "script", "environment", "message"),
     [
@@ -161,12 +198,41 @@ def test_slurm_says_which_node_this_is(stand_ins):
         ("accelerate_configs/zero3.yaml", "tests/tiny_run.py", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
         (NODES, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
         (NODES, "tests/tiny_run.py", {"NODES": "no.invalid gpu-b"}, "no.invalid, is no name that gpu-b knows"),
+        (GPU, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "4"}, "PROCESSES_PER_NODE is 4, but"),
+        (GPU, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "is for one process; take zero3-nodes.yaml"),
+        (ONE, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "but accelerate_configs/cpu.yaml is for one"),
+        (ONE, "tests/tiny_run.py", {"NODES": "a gpu-b", "PROCESSES_PER_NODE": "1"}, "NODES are 2 (a gpu-b), but"),
     ],
 )
 def test_what_cannot_start_is_told(config, script, environment, message, stand_ins):
     done = start(stand_ins, config, script, **environment)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "script", "code"),
+    [
+        ("nvidia-smi", "touch ready; sleep 1; echo GPU 0", 75),  # launch.sh itself, which has started nothing
+        ("python", '[ "$1" = -c ] || { touch ready; exec sleep 30; }', 75),  # the launcher, which has no process
+        ("python", '[ "$1" = -c ] || { touch ready; sleep 30; exit 1; }', 75),  # a process that has no handler yet
+        ("python", '[ "$1" = -c ] || { touch $LAUNCH_EXIT_CODE ready; sleep 30; exit 1; }', 1),  # one that crashes
+        ("python", '[ "$1" = -c ] || { touch ready; sleep 30; exit 0; }', 0),
+    ],
+)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_before_there_is_a_run(name, command, script, code, stand_ins, tmp_path):
+    (stand_ins / command).write_text(f"#!/bin/bash\n{script.replace('ready', str(tmp_path / 'ready'))}\n")
+    env = os.environ | {"PATH": f"{stand_ins}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    words = ["bash", LAUNCH, "accelerate_configs/zero3.yaml", "tests/tiny_run.py"]
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)  # until launch.sh waits
+    process.send_signal(getattr(signal, name))
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == code
+    assert (f"stopped by {name} before the start; start again as before\n" in output) == (code == 75)
 
 
 @pytest.mark.parametrize(("code", "requeued"), [("0", False), ("1", False), ("75", True)])
@@ -176,6 +242,18 @@ def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
     assert done.returncode == int(code)
     assert ("scontrol requeue 77" in done.stdout) == requeued
     assert "tests/tiny_run.py --resume_from_checkpoint auto" in done.stdout
+
+
+@pytest.mark.parametrize(("asked", "given"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "no")])
+def test_the_cores_of_a_slurm_job_reach_its_tasks(asked, given, stand_ins):
+    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT)} | asked
+    done = start(stand_ins, NODES, "tests/tiny_run.py", script=ROOT / "recipes" / "launch.slurm", **slurm)
+    assert done.returncode == 0 and f"srun: {given} cores\n" in done.stdout
+
+
+def test_the_log_of_a_slurm_job_is_in_a_folder_that_a_clone_has():
+    options = re.findall(r"^#SBATCH --(\w+)=(\S+)", (ROOT / "recipes" / "launch.slurm").read_text(), re.MULTILINE)
+    assert (ROOT / dict(options)["output"]).parent == ROOT
 
 
 # --------------------------------------------------------------------------------------------- real runs through it
@@ -244,11 +322,15 @@ def test_a_lost_node_ends_the_other_within_a_minute(fate, victim, two_nodes, nod
 
 
 @pytest.mark.slow
-def test_a_node_that_waits_in_vain(two_nodes, nodes, tmp_path):
-    prefix, environment = two_nodes[1]
+@pytest.mark.parametrize("where", ["two nodes", "loopback"])
+def test_a_node_that_waits_in_vain(where, two_nodes, nodes, tmp_path):
+    loopback = {"NODES": "127.0.0.1 127.0.0.1", "NODE_RANK": "1", "PORT": str(free_port())}
+    prefix, environment = two_nodes[1] if where == "two nodes" else ([], loopback)
+    begun = time.monotonic()
     node = nodes(prefix, environment | {"START_SECONDS": "10"}, CPU, output_dir=str(tmp_path))
     code, output = node.wait(60)
-    assert code not in (0, 75), output
+    assert code == 2 and re.search(r"error: the nodes .* did not meet at \S+ in 10 s; start the same", output), output
+    assert time.monotonic() - begun < 18, "torch's launcher waits twice as long"
 
 
 @pytest.mark.slow
@@ -289,6 +371,21 @@ def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the last line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("ending", "code"), [("os.kill(os.getpid(), 9)", 1), ("sys.exit(4)", 1), ("leave(75)", 75)])
+def test_a_crash_is_not_taken_for_the_signal_that_ends_the_others(ending, code, tmp_path):
+    """torch's launcher ends the first process by SIGTERM, which it answers as one that is saved: with 75."""
+    script = tmp_path / "ends.py"
+    lines = ["import os, sys, time", f"sys.path[:0] = [{str(ROOT / 'recipes')!r}]"]
+    lines += ["from environment import prepare_environment", "from errors import leave", "prepare_environment()"]
+    lines += ["if os.environ['RANK'] == '1':", "    time.sleep(1)", f"    {ending}", "time.sleep(60)"]
+    script.write_text("\n".join(lines))
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", LAUNCH, CPU, script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert "stopped by SIGTERM before the first update" in done.stdout
+    assert done.returncode == code, done.stderr
+
+
 def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
     """Two processes under torch's launcher, of which the second ends like this."""
     script = folder / "ends.py"
@@ -310,6 +407,24 @@ def test_a_failed_process_is_told_in_a_line(ending, line, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == line
     assert "Traceback" not in done.stderr
+
+
+def test_the_first_node_is_waited_for_as_long_as_is_said():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        accelerate_launch.await_first_node("127.0.0.1", port, 5)
+    begun = time.monotonic()
+    servers: list[socket.socket] = []
+    late = threading.Timer(1, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
+    late.start()
+    accelerate_launch.await_first_node("127.0.0.1", port, 5)
+    assert 0.5 < time.monotonic() - begun < 4
+    late.join()
+    servers[0].close()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit, match="launcher: nothing answers at 127.0.0.1:1$"):
+        accelerate_launch.await_first_node("127.0.0.1", 1, 2)
+    assert 1.9 < time.monotonic() - begun < 4
 
 
 def test_only_the_launchers_own_exceptions_become_a_line(capsys):

@@ -1,6 +1,7 @@
 """Real runs, killed three times and resumed, split over two processes, and held against what they saved."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,21 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from conftest import build_model
-from errors import RecipeError
+from errors import SAVED_ON_SIGNAL, RecipeError
 from policy import verify_saved
-from real_run import REFERENCE, SAVE, TRAINING, Outcome, Start, difference, outcome, prepare, run
+from real_run import (
+    EVALUATION,
+    OTHER,
+    REFERENCE,
+    SAVE,
+    TRAINING,
+    Outcome,
+    Start,
+    difference,
+    outcome,
+    prepare,
+    run,
+)
 from tokens import ids_digest
 
 SHORT = ["--max_steps", "5"]
@@ -26,9 +39,15 @@ def recipe(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def unbroken(recipe) -> Outcome:
+def deeds(recipe) -> bytes:
+    """What the run does that nothing happens to."""
     done = run(Start(recipe.parent / "unbroken", SHORT), recipe)
     assert done.codes == [0], done.output
+    return done.deeds
+
+
+@pytest.fixture(scope="module")
+def unbroken(recipe, deeds) -> Outcome:
     return outcome(recipe.parent / "unbroken")
 
 
@@ -50,6 +69,26 @@ def test_a_run_that_is_killed_three_times_is_the_run_that_was_not(recipe, unbrok
     assert len({update for _, update, _ in found.rows}) == 5
     assert found.rows == unbroken.rows
     assert difference(found, unbroken) == {"weights": 0, "losses": 0, "evaluation": 0, "rows": 0}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_after_its_last_update_is_finished_by_the_next_start(recipe, unbroken, deeds):
+    """SIGTERM in the final save, then in the final evaluation: exit code 75, and the third start does all of it."""
+    folder = recipe.parent / "stopped"
+    training_ends = deeds.rindex(SAVE)
+    in_save = deeds.index(OTHER, deeds.index(OTHER, training_ends) + 1)
+    first = Start(folder, AUTO, kill=(OTHER, deeds[: in_save + 1].count(OTHER), 0.0), signal=signal.SIGTERM)
+    again = Start(folder, AUTO, kill=(EVALUATION, 1, 0.0), signal=signal.SIGTERM)
+    for start in (first, again):
+        done = run(start, recipe)
+        assert done.codes == [SAVED_ON_SIGNAL], done.output
+        assert "stopped by SIGTERM after the last update, which is saved" in done.output
+        assert not (folder / "all_results.json").exists() or not (folder / "eval_results.json").exists()
+    done = run(Start(folder, AUTO), recipe)
+    assert done.codes == [0] and TRAINING not in done.deeds, done.output
+    assert difference(outcome(folder), unbroken) == {"weights": 0, "losses": 0, "evaluation": 0, "rows": 0}
+    expected = {path.name for path in (recipe.parent / "unbroken").iterdir()}
+    assert {path.name for path in folder.iterdir()} == expected
 
 
 @pytest.mark.slow
