@@ -92,7 +92,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dataset", help="a file or data set of pairs, put in as datasets.0.path")
     parser.add_argument("--config", help="a recipe of recipes/dpo.py, for columns that are not chosen and rejected")
     parser.add_argument("--rounds", type=count, default=3, help="paired runs, of which the median is shown (3)")
-    parser.add_argument("--updates", type=count, default=3, help="timed updates in each run (3)")
+    parser.add_argument("--updates", type=count, default=6, help="timed updates in each run (6)")
     parser.add_argument("--reference_pairs", type=count, default=96, help="pairs in the reference pass, at least (96)")
     parser.add_argument(
         "--selection_rows", type=count, nargs="*", default=[100_000], help="pairs to select among (100000); or nothing"

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from matplotlib.figure import Figure
@@ -89,14 +89,14 @@ def against_stock(comparison: Comparison) -> list[Measure]:
     lengths, together = work.lengths(), list(zip(comparison.stock, comparison.shared, strict=True))
     steps, reference = 1.0, 1.0
     if comparison.sharing:
-        trained_on = comparison.shared[0].order[: work.updates * pairs]
-        steps = median(token_bounds(lengths, trained_on, batch, accumulation)[1:])
+        timed = comparison.shared[0].order[pairs : work.updates * pairs]
+        (steps,) = token_bounds(lengths, timed, batch, accumulation * (work.updates - 1))
         (reference,) = token_bounds(lengths, list(range(len(lengths))), batch, len(lengths) // batch)
     return [
         Measure(
             "training step",
             "pairs/s",
-            *(pairs / median(seconds(runs)) for runs in (comparison.stock, comparison.shared)),
+            *(pairs / median(map(seconds, runs)) for runs in (comparison.stock, comparison.shared)),
             step_ratios(comparison.stock, comparison.shared),
             steps,
         ),
@@ -120,7 +120,7 @@ def against_all_weights(comparison: Comparison) -> list[Measure]:
         Measure(
             "training step",
             "pairs/s",
-            *(pairs / median(seconds(runs)) for runs in (full, selected)),
+            *(pairs / median(map(seconds, runs)) for runs in (full, selected)),
             step_ratios(full, selected),
         ),
         Measure(
@@ -139,13 +139,14 @@ def peak_memory(comparison: Comparison, left: str, right: str) -> Measure:
     return Measure("peak memory", "GiB", one / GIB, other / GIB, [one / other])
 
 
-def seconds(runs: list[Run]) -> list[float]:
-    return [step for run in runs for step in run.step_seconds]
+def seconds(run: Run) -> float:
+    """Of an update, on average: what most updates take says little where a few long rows cost most of the time."""
+    return mean(run.step_seconds)
 
 
 def step_ratios(slower: list[Run], faster: list[Run]) -> list[float]:
-    """Of each update of each round, which holds the same rows in both."""
-    return [one / other for one, other in zip(seconds(slower), seconds(faster), strict=True)]
+    """Of each round, whose runs train on the same rows."""
+    return [seconds(one) / seconds(other) for one, other in zip(slower, faster, strict=True)]
 
 
 def cells(measure: Measure) -> tuple[str, ...]:
