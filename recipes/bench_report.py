@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from environment import versions
-from paired_runs import SELECTIVE, Comparison, Run, loss_gap, token_bounds
+from paired_runs import SELECTIVE, Comparison, Run, loss_gap, token_bound
 from report import print_table
 from selection_rate import SelectionRun
 from throughput import GIB
@@ -44,8 +44,9 @@ def report(comparisons: list[Comparison], selections: list[SelectionRun], folder
         print_table(f"All weights against {selected}", header, [cells(measure)[:4] for measure in weights])
         shared = comparison.shared
         if comparison.sharing:
-            rows, bound = source_bound(comparison)
-            print(f"tokens alone, over all {rows:,} rows that the selection leaves: {bound:.2f}")
+            lengths, batch = comparison.workload.source_lengths, comparison.workload.args.per_device_train_batch_size
+            whole = token_bound(lengths, batch)
+            print(f"tokens alone, over all {len(lengths):,} rows that the selection leaves: {whole:.2f}")
         print(
             f"second reference pass: {max(run.second_pass_forwards for run in shared)} forwards, "
             f"{median(run.second_pass_seconds for run in shared):.2f} s; "
@@ -74,24 +75,15 @@ def describe(comparison: Comparison) -> str:
     return f"{work.name}: model {work.model_name}, {batch} pairs a micro-batch, {precision}{trained}"
 
 
-def source_bound(comparison: Comparison) -> tuple[int, float]:
-    """How many rows the source has, and what the tokens alone would give over all of them in random micro-batches."""
-    lengths, batch = comparison.workload.source_lengths, comparison.workload.args.per_device_train_batch_size
-    whole = len(lengths) // batch
-    (bound,) = token_bounds(lengths, list(range(whole * batch)), batch, whole)
-    return len(lengths), bound
-
-
 def against_stock(comparison: Comparison) -> list[Measure]:
     """Training step, reference pass and peak memory of stock TRL and of this project."""
     work, pairs = comparison.workload, comparison.workload.rows_per_update
-    batch, accumulation = work.args.per_device_train_batch_size, work.args.gradient_accumulation_steps
+    batch = work.args.per_device_train_batch_size
     lengths, together = work.lengths(), list(zip(comparison.stock, comparison.shared, strict=True))
     steps, reference = 1.0, 1.0
     if comparison.sharing:
         timed = comparison.shared[0].order[pairs : work.updates * pairs]
-        (steps,) = token_bounds(lengths, timed, batch, accumulation * (work.updates - 1))
-        (reference,) = token_bounds(lengths, list(range(len(lengths))), batch, len(lengths) // batch)
+        steps, reference = token_bound(lengths[timed], batch), token_bound(lengths, batch)
     return [
         Measure(
             "training step",

@@ -8,7 +8,6 @@ from transformers import PretrainedConfig
 
 from disk import Saved, bytes_there, check_disk, disk_needed
 from findings import Findings
-from inspection import token_lengths
 from launching import Launch
 from memory import Part, Work, phases, states
 from memory_trace import FakeModel, MicroBatch, largest_micro_batch
@@ -18,6 +17,7 @@ from prefix import unsupported_reason
 from replay import ReplaySampler
 from report import print_table
 from throughput import GIB
+from tokens import token_lengths
 
 
 def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> int:
@@ -38,11 +38,11 @@ def inspect_batch(
     """Batch, steps and tokens of a preference run; returns the steps and the largest micro-batch (None: unknown)."""
     recipe, args = resolved.recipe, resolved.training
     known = "prompt_ids" in train.dataset.column_names
-    parts = [token_lengths(train.dataset, part) for part in ("prompt", "chosen", "rejected")] if known else None
+    lengths = token_lengths(train.dataset) if known else None
     sampler = findings.attempt(
         ReplaySampler,
         train.is_buffer,
-        sum(parts) if known else np.ones(len(train.dataset)),
+        lengths.sum(axis=1) if known else np.ones(len(train.dataset)),
         task=recipe.selection.replay.task,
         buffer=recipe.selection.replay.buffer,
         batch_size=args.per_device_train_batch_size,
@@ -57,13 +57,13 @@ def inspect_batch(
     total = show_batch(resolved, launch, rows, sampler.updates)
     if not known:
         return total, None
-    order, (k, n, m) = sampler.order(0), parts
+    order, (k, n, m) = sampler.order(0), lengths.T
     pairs = k + n + m - 1
     padded = 2 * (k + np.maximum(n, m))[order].max(axis=-1).sum() * order.shape[-1]
     tokens = int(pairs[order].sum() if shared else padded)
     saved = f", {1 - tokens / padded:.0%} fewer than padded" if shared else ""
     print(f"Tokens: {tokens:,} an epoch, {tokens // sampler.updates:,} an update on all devices{saved}")
-    return total, largest_micro_batch(np.stack(parts, axis=1), order, shared)
+    return total, largest_micro_batch(lengths, order, shared)
 
 
 def inspect_sft_batch(

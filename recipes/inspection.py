@@ -21,7 +21,7 @@ from parsing import Resolved
 from preferences import load_conversations, load_preferences
 from report import number, print_table
 from results import show_selection
-from tokens import lead_with, load_tokenizer, render
+from tokens import lead_with, load_tokenizer, render, token_lengths
 from tracking import why_wandb_is_offline
 
 SHOWN_CHARACTERS = 1200  # of each part of a pair
@@ -110,7 +110,7 @@ def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None,
         print(f"\nExpected loss at step 0: {number(float(expected))} ({shown}), as the mean over all rows")
     if tokenizer is not None:
         _show_pairs(train, tokenizer)
-        _show_lengths({part: token_lengths(train.dataset, part) for part in ("prompt", "chosen", "rejected")})
+        _show_lengths(dict(zip(("prompt", "chosen", "rejected"), token_lengths(train.dataset).T, strict=True)))
     return train
 
 
@@ -135,12 +135,6 @@ def _show_text(part: str, text: str) -> None:
     lines = text[:SHOWN_CHARACTERS].splitlines() or [""]
     for line in lines + ([f"… and {rest:,} characters more"] if rest > 0 else []):
         print(f"  {part:8} | {line}")
-
-
-def token_lengths(rows: Dataset, part: str) -> np.ndarray:
-    """Tokens of each row's prompt, chosen or rejected answer. Shape: (N,)."""
-    column = rows.with_format("arrow")[f"{part}_ids"]
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in column.chunks])
 
 
 def _show_lengths(lengths: dict[str, np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from parameters import select_parameters
 from policy import share_prefixes
 from process_memory import PeakMemory, freed_memory_kept, freed_memory_returned
 from reference import ReferenceCache
-from tokens import with_system_message
+from tokens import token_lengths, with_system_message
 from trainer import ShiftedMarginTrainer
 
 SELECTIVE = ["down_proj"]  # what the other run trains where the workload trains all
@@ -55,8 +55,7 @@ class Workload:
 
     def lengths(self) -> np.ndarray:
         """Tokens of prompt, chosen and rejected. Shape: (rows, 3)."""
-        parts = (self.rows[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
-        return np.array([[len(ids) for ids in part] for part in parts]).T
+        return token_lengths(self.rows)
 
 
 @dataclass
@@ -141,19 +140,19 @@ def loss_gap(comparison: Comparison) -> float:
     return max(float(np.abs(np.subtract(stock.losses, shared.losses)).max()) for stock, shared in pairs)
 
 
-def token_bounds(lengths: np.ndarray, order: list[int], batch_size: int, accumulation: int) -> list[float]:
+def token_bound(lengths: np.ndarray, batch_size: int) -> float:
     """
-    Of each update, how many times fewer tokens shared pairs have than padded ones: 2·B·max(k + max(n, m)) for each
-    micro-batch of B pairs of k prompt, n chosen and m rejected tokens, against Σ (k + n + m − 1).
+    How many times fewer tokens shared pairs have than padded ones: 2·B·max(k + max(n, m)) for each micro-batch of B
+    pairs of k prompt, n chosen and m rejected tokens, against Σ (k + n + m − 1).
 
     Args:
-        lengths: k, n and m of each row. Shape: (rows, 3).
-        order: row indices, micro-batch after micro-batch.
+        lengths: k, n and m of each row, micro-batch after micro-batch; rows that fill none are left out. Shape:
+            (rows, 3).
     """
-    batches = lengths[order].reshape(-1, accumulation, batch_size, 3)
+    batches = lengths[: len(lengths) // batch_size * batch_size].reshape(-1, batch_size, 3)
     k, n, m = np.moveaxis(batches, -1, 0)
-    padded = 2 * batch_size * (k + np.maximum(n, m)).max(-1).sum(-1)
-    return (padded / (k + n + m - 1).sum((-1, -2))).tolist()
+    padded = 2 * batch_size * (k + np.maximum(n, m)).max(-1).sum()
+    return float(padded / (k + n + m - 1).sum())
 
 
 def run_stock(workload: Workload, order: list[int]) -> Run:

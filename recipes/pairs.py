@@ -31,15 +31,18 @@ class Pairs:
 
     @property
     def margins(self) -> np.ndarray:
-        return np.asarray(self.dataset["margin"])
+        return self._column("margin")
 
     @property
     def classes(self) -> np.ndarray:
-        return np.asarray(self.dataset["pair_class"])
+        return self._column("pair_class")
 
     @property
     def is_buffer(self) -> np.ndarray:
-        return np.asarray(self.dataset["is_buffer"])
+        return self._column("is_buffer")
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.dataset.with_format("arrow")[name].to_numpy()
 
     def token_ids(self, count: int) -> list[list[int]]:
         """The first `count` pairs as whole conversations, the prompt with either answer."""
@@ -123,7 +126,7 @@ def prepare_pairs(
         # The reference scores what hygiene and labels leave, on all ranks at once; the rest is one rank's work.
         left, _ = caches_in_turn(lambda: select(replace(settings, score=None, quotas=None)))
         if settings.score.role != "all":
-            left = left.select(np.flatnonzero(np.asarray(left["role"]) == settings.score.role))
+            left = left.select(np.flatnonzero(_has_role(left, settings.score.role)))
         gaps = Gaps(left["row_id"], reference_gaps(caches_in_turn(lambda: tokenize(left)[0])))
     kept, audit = caches_in_turn(lambda: select(settings, gaps))
     tokenized, cut = (kept, {}) if tokenizer is None else caches_in_turn(lambda: tokenize(kept))
@@ -134,8 +137,13 @@ def prepare_pairs(
         "row": np.arange(len(tokenized)),
         "margin": values,
         "pair_class": pair_classes(tokenized),
-        "is_buffer": np.asarray(tokenized["role"]) == "buffer",
+        "is_buffer": _has_role(tokenized, "buffer"),
     }
     for name, column in columns.items():
         tokenized = tokenized.add_column(name, column)
     return Pairs(tokenized, audit, cut, warnings + ([notice] if notice else []))
+
+
+def _has_role(rows: Dataset, role: str) -> np.ndarray:
+    """Shape: (N,), bool."""
+    return pc.equal(rows.with_format("arrow")["role"], role).to_numpy()

@@ -29,6 +29,7 @@ from reference import ReferenceCache, reference_logps
 from replay import EpochCallback, ReplaySampler
 from report import LogLine, MetricsFile
 from throughput import Throughput
+from tokens import token_lengths
 from tripwires import Tripwires, check_first_loss, draws_dropout
 
 TRAINING_COLUMNS = [
@@ -127,8 +128,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         sampler = ReplaySampler(
-            np.asarray(dataset["is_buffer"]),
-            pair_lengths(dataset),
+            dataset.with_format("arrow")["is_buffer"].to_numpy(),
+            token_lengths(dataset).sum(axis=1),
             task=self.replay.task,
             buffer=self.replay.buffer,
             batch_size=self.args.per_device_train_batch_size,
@@ -318,17 +319,6 @@ def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: fl
     # A micro-batch of one role alone has no mean of the other: its sum is 0 as well.
     return (losses * task).sum() / task.sum().clamp(min=1) + weight * (losses * buffer).sum() / buffer.sum().clamp(
         min=1
-    )
-
-
-def pair_lengths(dataset: Dataset) -> np.ndarray:
-    """Tokens of each pair, its prompt counted once. Shape: (N,)."""
-    import pyarrow.compute as pc
-
-    table = dataset.with_format("arrow")
-    return sum(
-        np.concatenate([pc.list_value_length(chunk).to_numpy() for chunk in table[f"{part}_ids"].chunks])
-        for part in ("prompt", "chosen", "rejected")
     )
 
 

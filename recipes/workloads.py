@@ -19,7 +19,7 @@ from parsing import Resolved
 from policy import load_model
 from preferences import load_preferences
 from reading import did_you_mean
-from tokens import load_tokenizer
+from tokens import load_tokenizer, token_lengths
 
 GENERATED = "generated/"  # before the name of a source in `LENGTHS`: rows of its lengths are made
 SPARE = 2  # times as many rows are generated as are trained on, since the selection drops some
@@ -66,8 +66,6 @@ def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0)
         build_model = partial(load_model, model)
     else:
         build_model = partial(random_model, shape, getattr(torch, model.dtype or "float32"), args.seed)
-    parts = (pairs[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
-    lengths = np.array([[len(ids) for ids in part] for part in parts]).T
     return Workload(
         name=" + ".join(_title(entry.path) for entry in recipe.datasets),
         model_name=model.model_name_or_path,
@@ -78,7 +76,7 @@ def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0)
         args=args,
         system_message=recipe.system_message,
         trained=recipe.trainable_parameters,
-        source_lengths=np.random.default_rng(args.seed).permutation(lengths),
+        source_lengths=np.random.default_rng(args.seed).permutation(token_lengths(pairs)),
     )
 
 

@@ -14,10 +14,10 @@ import bench
 import generated
 import paired_runs
 import workloads
-from bench_report import Measure, against_all_weights, against_stock, cells, report, source_bound
+from bench_report import Measure, against_all_weights, against_stock, cells, report
 from errors import RecipeError
 from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
-from paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bounds
+from paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bound
 from parsing import build, resolve
 from selection_rate import SelectionRun, time_selection
 from throughput import GIB
@@ -72,7 +72,7 @@ def test_the_reference_pass_covers_rows_that_no_update_needs(comparison):
     step, reference, _ = against_stock(comparison)
     assert (reference.left, reference.right, reference.ratio) == (2.0, 7.0, 3.5)
     lengths, order = comparison.workload.lengths(), comparison.shared[0].order
-    assert [step.bound] == token_bounds(lengths, order[4:12], 2, 4)  # the first update of two micro-batches warms up
+    assert step.bound == token_bound(lengths[order[4:12]], 2)  # the first update of two micro-batches warms up
 
 
 def test_the_second_reference_pass_makes_no_forward(comparison):
@@ -114,20 +114,17 @@ def test_each_contender_has_its_peak_memory(comparison):
 
 def test_token_bounds_by_hand():
     """
-    Two updates of one micro-batch of two pairs. Rows (k, n, m): (10, 5, 3), (4, 2, 8), (6, 1, 1), (2, 2, 2).
+    Two micro-batches of two pairs. Rows (k, n, m): (10, 5, 3), (4, 2, 8), (6, 1, 1), (2, 2, 2).
     Rows 0 and 1: padded 2·2·max(15, 12) = 60, shared 17 + 13 = 30: 2. Rows 3 and 2: 4·7 = 28, 5 + 7 = 12: 7/3.
-    As one update of two micro-batches: 88 / 42.
+    Together: 88 / 42, also with a fifth row that fills no micro-batch.
     """
-    lengths = np.array([[10, 5, 3], [4, 2, 8], [6, 1, 1], [2, 2, 2]])
-    assert token_bounds(lengths, [0, 1, 3, 2], 2, 1) == pytest.approx([2, 28 / 12])
-    assert token_bounds(lengths, [0, 1, 3, 2], 2, 2) == pytest.approx([88 / 42])
+    lengths = np.array([[10, 5, 3], [4, 2, 8], [6, 1, 1], [2, 2, 2], [90, 9, 9]])
+    assert [token_bound(lengths[rows], 2) for rows in ([0, 1], [3, 2])] == pytest.approx([2, 28 / 12])
+    assert token_bound(lengths[[0, 1, 3, 2]], 2) == pytest.approx(88 / 42)
+    assert token_bound(lengths[[0, 1, 3, 2, 4]], 2) == pytest.approx(88 / 42)
 
 
-def test_the_bound_over_all_rows(comparison):
-    """The rows of `test_token_bounds_by_hand` in micro-batches of two, and a fifth that fills none: (60 + 28) / 42."""
-    lengths = np.array([[10, 5, 3], [4, 2, 8], [2, 2, 2], [6, 1, 1], [90, 9, 9]])
-    made = dataclasses.replace(comparison, workload=dataclasses.replace(comparison.workload, source_lengths=lengths))
-    assert source_bound(made) == (5, pytest.approx(88 / 42))
+def test_the_source_has_more_rows_than_are_drawn(comparison):
     assert 14 == len(comparison.workload.rows) < len(comparison.workload.source_lengths) <= 30
 
 
@@ -146,6 +143,8 @@ def test_ratios_are_of_all_timed_updates(comparison):
 def test_the_report_leaves_every_run(comparison, tmp_path, capsys):
     report([comparison], [SelectionRun(1000, 900, 2.0, GIB // 2)], tmp_path / "out")
     shown = capsys.readouterr().out
+    source = comparison.workload.source_lengths
+    assert f"over all {len(source)} rows that the selection leaves: {token_bound(source, 2):.2f}\n" in shown
     assert "training step" in shown and "second reference pass: 0 forwards" in shown
     assert "1,000" in shown and " 500 " in shown and "0.50" in shown
     document = json.loads((tmp_path / "out/bench.json").read_text())
