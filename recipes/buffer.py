@@ -21,6 +21,7 @@ from xxhash import xxh3_128_hexdigest
 
 from arguments import LabelPolicy, Quotas, Score, Selection
 from audit import Audit, groups_of, pair_class, read_decisions, summarise, write_decisions
+from environment import code_digest
 from errors import RecipeError
 from hygiene import CODES, NUMBERS, RULES, Facts, first_broken, read_facts, read_pairs
 from margins import PAIR_CLASSES
@@ -35,12 +36,7 @@ PAIRED = [
     ("score_chosen", "score_rejected"),
 ]
 # Part of every cache key, so that what other code has decided is never read back.
-CODE = xxh3_128_hexdigest(
-    b"".join(
-        Path(__file__).with_name(f"{name}.py").read_bytes()
-        for name in ("buffer", "hygiene", "prompts", "scanning", "audit", "margins")
-    )
-)
+CODE = code_digest("buffer", "hygiene", "prompts", "scanning", "audit", "margins")
 
 
 def select_rows(

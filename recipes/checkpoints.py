@@ -119,7 +119,7 @@ def seal(folder: Path, step: int, launch: dict[str, Any]) -> None:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, held against its manifest; None if it is whole."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = _manifest(folder)
         expected, step = manifest["files"], manifest["step"]
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
@@ -143,9 +143,13 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / MANIFEST).read_text())
+
+
 def only_weights(folder: Path) -> bool:
     """Whether a whole checkpoint has no optimizer, by save_only_model: Trainer would go on with a fresh one."""
-    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files = _manifest(folder)["files"]
     return not any(name == "optimizer.pt" or name.startswith("global_step") for name in files)  # or DeepSpeed's folder
 
 
@@ -221,7 +225,7 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
         RecipeError: another ZeRO stage, another number of processes under DeepSpeed, another batch per update, or
             other training rows.
     """
-    then = json.loads((Path(checkpoint) / MANIFEST).read_text())
+    then = _manifest(Path(checkpoint))
     way_out = f"or {_new_run(checkpoint)}"
 
     def named(stage: int | None) -> str:

@@ -1,6 +1,7 @@
 """What surrounds a run: environment, network, versions, and whether its model is to be had."""
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 import re
@@ -11,7 +12,7 @@ import threading
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -50,19 +51,27 @@ def _leave_on_signal() -> None:
     Answer launch.sh's SIGTERM or SIGUSR1 from the first moment, until `stopping.StopOnSignal` takes over: nothing is
     lost yet, so that the exit code is that of a saved run.
     """
-    process = os.getpid()
 
-    def end(number: int, _: object) -> None:
-        if os.getpid() != process:  # a forked worker, which its pool ends by SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        name = signal.Signals(number).name
+    def end(name: str) -> None:
         os.write(1, f"stopped by {name} before the first update; start again as before\n".encode())
         leave(SAVED_ON_SIGNAL)
 
     if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, end)
+        answer_signals(end)
+
+
+def answer_signals(answer: Callable[[str], object]) -> None:
+    """Have SIGTERM and SIGUSR1 (preemption, Slurm's signal before the end) call `answer` with their name."""
+    process = os.getpid()
+
+    def handle(number: int, _: object) -> None:
+        if os.getpid() != process:  # a forked worker, which its pool ends by SIGTERM
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        answer(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, handle)
 
 
 def go_offline_if_local(paths: Iterable[str | None]) -> bool:
@@ -102,10 +111,21 @@ def spare_cpu_compile() -> None:
     Do without DeepSpeed's shared-memory collectives for CPU processes, which it would compile for two minutes on first
     use (and a kill during that leaves a lock that hangs every later run). gloo gives the same numbers.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if deepspeed_is_started():
         import deepspeed  # only here: it takes seconds, and most runs do without
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_is_started() -> bool:
+    """Whether the launcher that started this process gave it DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def code_digest(*modules: str) -> str:
+    """Of these modules' source: part of a cache's key, so that what other code has made is never read back."""
+    sources = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in modules)
+    return hashlib.sha256(b"".join(sources)).hexdigest()
 
 
 def versions() -> dict[str, str]:

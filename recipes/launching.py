@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from environment import deepspeed_is_started
 from errors import RecipeError
 from reading import did_you_mean
 
@@ -134,21 +135,20 @@ def check_launched(training: dict[str, Any]) -> None:
     Raises:
         RecipeError: one of `launch_faults`; on every rank.
     """
-    environment = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
-    if "ACCELERATE_MIXED_PRECISION" not in environment:
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return  # started by something else
-    asked = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    deepspeed = deepspeed_is_started()
     names = ("config_file", "zero_stage", "zero3_save_16bit_model")
-    config_file, stage, saves = (environment.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names)
+    config_file, stage, saves = (os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names)
     inside = {"zero_stage": stage or 0, "zero3_save_16bit_model": saves == "true"}
     inside |= {"deepspeed_config_file": config_file, "deepspeed_multinode_launcher": "standard"}
     launch = Launch(
         "the launch config",
-        "DEEPSPEED" if asked else "MULTI_GPU",
+        "DEEPSPEED" if deepspeed else "MULTI_GPU",
         int(os.environ.get("WORLD_SIZE", 1)),
         use_cpu=bool(training.get("use_cpu")),  # the environment does not tell it under DeepSpeed
-        mixed_precision=environment["ACCELERATE_MIXED_PRECISION"],
-        **(_zero("the launch config", inside) if asked else {}),
+        mixed_precision=os.environ["ACCELERATE_MIXED_PRECISION"],
+        **(_zero("the launch config", inside) if deepspeed else {}),
     )
     if faults := launch_faults(launch, training):
         raise RecipeError("; ".join(faults), everywhere=True)

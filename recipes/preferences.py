@@ -1,11 +1,9 @@
 """Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
 
 import dataclasses
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -18,6 +16,7 @@ from arguments import Columns, DatasetEntry
 from columns import MESSAGE, NULL, TEXT, check_columns, find
 from conversations import flags
 from entries import check_conversations, check_preferences, place, source_names, with_answer
+from environment import code_digest
 from errors import RecipeError
 from mapped_batches import read_answers, read_batch, read_conversations, read_pairs
 from sources import draw_fraction, load_rows
@@ -47,12 +46,7 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = hashlib.sha256(
-    b"".join(
-        Path(__file__).with_name(f"{name}.py").read_bytes()
-        for name in ("preferences", "mapped_batches", "entries", "columns", "conversations")
-    )
-).hexdigest()
+CODE = code_digest("preferences", "mapped_batches", "entries", "columns", "conversations")
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+LIBC = ctypes.CDLL(None)
 # Parameters of glibc's mallopt(3), and what its own adjustment of the thresholds ends at.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
 DEFAULTS = {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: 32 * 2**20, M_TRIM_THRESHOLD: 64 * 2**20}
@@ -29,7 +30,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier blocks have freed would be filled again, uncounted
+            _trim()  # what earlier blocks have freed would be filled again, uncounted
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM, the peak, to what is held now
             self.before = _status("VmRSS")
         return self
@@ -69,15 +70,19 @@ def freed_memory_kept(count: int) -> Iterator[None]:
         yield
     finally:
         _mallopt(DEFAULTS)
-        if hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(0)
+        _trim()
 
 
+# Where the C library is another one, these do nothing, and memory is what it makes of it.
 def _mallopt(settings: dict[int, int]) -> None:
-    """Where the C library is another one, memory is what it makes of it."""
-    if hasattr(ctypes.CDLL(None), "mallopt"):
+    if hasattr(LIBC, "mallopt"):
         for parameter, value in settings.items():
-            ctypes.CDLL(None).mallopt(parameter, value)
+            LIBC.mallopt(parameter, value)
+
+
+def _trim() -> None:
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 def _status(field: str) -> int:

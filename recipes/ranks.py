@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from environment import deepspeed_is_started
 from errors import RecipeError, full_disk
 from reading import flatten
 
@@ -218,7 +219,7 @@ def check_world(num_processes: int | None, deepspeed: bool | None = None) -> Non
             "them (without --cpu, which starts a single process), or set num_processes in the recipe",
             everywhere=True,
         )
-    if deepspeed and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if deepspeed and not deepspeed_is_started():
         raise RecipeError(
             "the launch config is one of DeepSpeed, but the launcher did not start it; launch without --cpu (a config "
             "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml",

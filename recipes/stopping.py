@@ -1,14 +1,13 @@
 """The end of a run by a signal: the update is finished and saved, and the exit code says so."""
 
-import os
-import signal
 import sys
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from environment import answer_signals
 from errors import SAVED_ON_SIGNAL, leave
 from ranks import rank
 
@@ -26,15 +25,10 @@ class StopOnSignal(TrainerCallback):
         self.when = "before the first update; start again as before"
         self.saved = 0  # the step of the newest checkpoint that a run can go on from
         self.training = self.stopped = False
-        self.process = os.getpid()
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        answer_signals(self._note)
 
-    def _note(self, number: int, _: Any) -> None:
-        if os.getpid() != self.process:  # a forked worker, which its pool ends by SIGTERM
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = signal.Signals(number).name
+    def _note(self, name: str) -> None:
+        self.received = name
         if not self.training:
             self._end()
 

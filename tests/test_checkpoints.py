@@ -18,6 +18,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
+import environment
 import stopping
 from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
 from environment import versions
@@ -277,7 +278,7 @@ def test_a_stopped_run_leaves_when_all_is_told(monkeypatch, capsys):
     monkeypatch.setattr(stopping.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(stopping.dist, "barrier", lambda: record("barrier"))
     monkeypatch.setattr(stopping, "leave", lambda code: record("leave", code))
-    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(environment.signal, "signal", lambda *_: None)
     stop = StopOnSignal()
     stop.stopped = True
     stop.exit_if_stopped(3)
