@@ -18,7 +18,7 @@ PYTHON := $(VENV)/bin/python
 SETUP := $(VENV)/.installed
 endif
 
-LAUNCH = $(PYTHON) recipes/accelerate_launch.py --config_file $(ACCELERATE)
+LAUNCH = $(PYTHON) recipes/core/runtime/accelerate_launch.py --config_file $(ACCELERATE)
 # A recipe says by its file name which stage it is: sft*.yaml or anything else.
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 

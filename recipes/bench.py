@@ -5,7 +5,7 @@ This project's trainer against stock TRL, in turn in one process: same weights, 
     python recipes/bench.py --model PATH --dataset FILE [--config RECIPE.yaml] [--key value …]
 
 Both train plain DPO, so that their losses must agree, with the reference computed before. Of the recipe (without
---config recipes/bench.yaml) the model, the sources, their selection, lengths, batch, optimizer and precision count.
+--config recipes/benchmark/bench.yaml) model, sources, selection, lengths, batch, optimizer and precision count.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from environment import go_offline_if_local, prepare_environment
-from errors import RecipeError, exits_cleanly
-from parsing import build, resolve
+from core.config.parsing import build, resolve
+from core.runtime.environment import go_offline_if_local, prepare_environment
+from core.runtime.errors import RecipeError, exits_cleanly
 
-DEFAULT = Path(__file__).with_name("bench.yaml")
-# What is run where the user names neither a model nor rows: sizes and sources of recipes/generated.py.
+DEFAULT = Path(__file__).parent / "benchmark/bench.yaml"
+# What is run where the user names neither a model nor rows: sizes and sources of recipes/benchmark/generated.py.
 ON_CPU = [
     ["--model_name_or_path=6x384", "--datasets.0.path=generated/hh-rlhf"],
     ["--model_name_or_path=4x256", "--datasets.0.path=generated/UltraFeedback"],
@@ -41,13 +41,13 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the tables are what it is for
     import torch
 
-    from process_memory import share_one_heap
+    from benchmark.process_memory import share_one_heap
 
     share_one_heap()
-    from bench_report import report
-    from paired_runs import measure_memory, time_rounds
-    from selection_rate import time_selection
-    from workloads import prepare_workload
+    from benchmark.bench_report import report
+    from benchmark.paired_runs import measure_memory, time_rounds
+    from benchmark.selection_rate import time_selection
+    from benchmark.workloads import prepare_workload
 
     # ---------------------------------------------------------------- the two trainers: what fits, and its peak memory
     plans = [[]]
@@ -88,7 +88,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         RecipeError: an option's value is missing or not in its range.
     """
     parser = OneLine(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", help="a folder, a model on the Hub, or a size of recipes/generated.py (4x256)")
+    parser.add_argument(
+        "--model", help="a folder, a model on the Hub, or a size of recipes/benchmark/generated.py (4x256)"
+    )
     parser.add_argument("--dataset", help="a file or data set of pairs, put in as datasets.0.path")
     parser.add_argument("--config", help="a recipe of recipes/dpo.py, for columns that are not chosen and rejected")
     parser.add_argument("--rounds", type=count, default=3, help="paired runs, of which the median is shown (3)")

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from environment import go_offline_if_local, prepare_environment
-from errors import USER_ERROR, exits_cleanly
-from findings import Findings
-from launching import Launch, launch_faults, read_launch
-from parsing import Resolved, build, resolve
+from core.config.parsing import Resolved, build, resolve
+from core.planning.findings import Findings
+from core.runtime.environment import go_offline_if_local, prepare_environment
+from core.runtime.errors import USER_ERROR, exits_cleanly
+from core.runtime.launching import Launch, launch_faults, read_launch
 
 
 @exits_cleanly
@@ -53,8 +53,7 @@ def main() -> None:
     # TRL and transformers take seconds to import: a misspelt key is told before where it is all.
     import datasets
 
-    import estimates
-    import inspection
+    from core.planning import estimates, inspection
 
     datasets.disable_progress_bars()
     resolved = findings.attempt(build_anywhere, asked)

@@ -6,32 +6,32 @@ Align a model on preference pairs: selective buffer, shifted reward margin, sele
 
 from functools import partial
 
-from environment import prepare_environment
-from errors import exits_cleanly
+from core.runtime.environment import prepare_environment
+from core.runtime.errors import exits_cleanly
 
 
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from session import begin, open_run
+    from core.training.session import begin, open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("dpo")
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from buffer import refuse_overlap
-    from checkpoints import check_fits, checkpoint_to_resume, launched_as
-    from disk import check_room
-    from pairs import prepare_pairs
-    from parameters import lora_config, select_parameters
-    from policy import load_model, open_cache, share_prefixes, verify_saved
-    from ranks import agree, rank
-    from results import finish, show_selection
-    from stopping import StopOnSignal
-    from tokens import load_tokenizer
-    from trainer import ShiftedMarginTrainer, reference_gaps
-    from watch import Watch
+    from core.data.tokens import load_tokenizer
+    from core.modeling.parameters import lora_config, select_parameters
+    from core.modeling.policy import load_model, open_cache, share_prefixes, verify_saved
+    from core.planning.disk import check_room
+    from core.reporting.results import finish, show_selection
+    from core.runtime.ranks import agree, rank
+    from core.runtime.watch import Watch
+    from core.selection.buffer import refuse_overlap
+    from core.selection.pairs import prepare_pairs
+    from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
+    from core.training.stopping import StopOnSignal
+    from core.training.trainer import ShiftedMarginTrainer, reference_gaps
 
     watch, stop = Watch(), StopOnSignal()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

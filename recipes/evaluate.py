@@ -7,27 +7,27 @@ Hold a checkpoint against preference rows (loss, rewards, both accuracies, per p
 
 from dataclasses import replace
 
-from environment import prepare_environment
-from errors import exits_cleanly
+from core.runtime.environment import prepare_environment
+from core.runtime.errors import exits_cleanly
 
 
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from session import open_run
+    from core.training.session import open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("evaluate")
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from generation import answer_prompts, read_prompts
-    from pairs import prepare_pairs
-    from policy import load_model, share_prefixes
-    from ranks import rank
-    from results import show_selection, write_evaluation
-    from tokens import load_tokenizer
-    from trainer import ShiftedMarginTrainer
+    from core.data.tokens import load_tokenizer, with_system_message
+    from core.modeling.generation import answer_prompts, read_prompts
+    from core.modeling.policy import load_model, share_prefixes
+    from core.reporting.results import show_selection, write_evaluation
+    from core.runtime.ranks import rank
+    from core.selection.pairs import prepare_pairs
+    from core.training.trainer import ShiftedMarginTrainer
 
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
@@ -57,7 +57,8 @@ def main() -> None:
 
     # ---------------------------------------------------------------- answers
     if prompts:
-        answer_prompts(model, tokenizer, prompts, recipe.system_message, recipe.max_new_tokens, args)
+        prompts = [with_system_message(prompt, recipe.system_message) for prompt in prompts]
+        answer_prompts(model, tokenizer, prompts, recipe.max_new_tokens, args)
 
 
 if __name__ == "__main__":

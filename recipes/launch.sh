@@ -127,7 +127,7 @@ command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this scri
 # A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
 # to end, too few to save a large model.
 export START_SECONDS=${START_SECONDS:-50}
-setsid "${guard[@]}" "$python" "$folder/accelerate_launch.py" --config_file "$config" --num_machines "$number" \
+setsid "${guard[@]}" "$python" "$folder/core/runtime/accelerate_launch.py" --config_file "$config" --num_machines "$number" \
     --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
     --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!

@@ -4,31 +4,31 @@ Teach a model to answer, the stage before preferences: TRL's SFTTrainer over the
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/sft.py --config my.yaml [--key value …]
 """
 
-from environment import prepare_environment
-from errors import exits_cleanly
+from core.runtime.environment import prepare_environment
+from core.runtime.errors import exits_cleanly
 
 
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from session import begin, open_run
+    from core.training.session import begin, open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("sft")
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from checkpoints import check_fits, checkpoint_to_resume, launched_as
-    from disk import check_room
-    from parameters import lora_config, select_parameters
-    from policy import load_model, verify_saved
-    from preferences import load_conversations
-    from ranks import agree, caches_in_turn, rank
-    from results import finish_sft, show_lengths
-    from stopping import StopOnSignal
-    from tokens import ids_digest, lead_with, load_tokenizer, template_errors
-    from trainer import ConversationTrainer
-    from watch import Watch
+    from core.data.preferences import load_conversations
+    from core.data.tokens import ids_digest, lead_with, load_tokenizer, template_errors
+    from core.modeling.parameters import lora_config, select_parameters
+    from core.modeling.policy import load_model, verify_saved
+    from core.planning.disk import check_room
+    from core.reporting.results import finish_sft, show_lengths
+    from core.runtime.ranks import agree, caches_in_turn, rank
+    from core.runtime.watch import Watch
+    from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
+    from core.training.stopping import StopOnSignal
+    from core.training.trainer import ConversationTrainer
 
     watch, stop = Watch(), StopOnSignal()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)

@@ -263,7 +263,7 @@ def attempt(bad: BadStart, folder: Path) -> Verdict:
             launch = [str(ROOT / "recipes" / "launch.sh"), str(CONFIGS / "zero3-cpu.yaml")]
             commands.append(([*launch, *script, *own], env | {"START_SECONDS": "20"} | port | node))
     else:
-        launch = [sys.executable, str(ROOT / "recipes" / "accelerate_launch.py"), *bad.launch]
+        launch = [sys.executable, str(ROOT / "recipes/core/runtime/accelerate_launch.py"), *bad.launch]
         commands.append(([*launch, *script], env))
     if bad.mount:
         shell = f'{bad.mount.replace("FOLDER", str(folder))} && exec "$@"'

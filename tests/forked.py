@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 
-import trainer  # noqa: F401 (what the scripts are slow to import: their forks share it)
+import core.training.trainer  # noqa: F401 (what the scripts are slow to import: their forks share it)
 
 
 def run_ranks(world_size: int, work: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

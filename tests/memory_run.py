@@ -34,7 +34,7 @@ def prepare(folder: Path) -> Path:
     """A model of random weights, rows of hh-rlhf's lengths and a recipe under `folder`; returns the recipe."""
     import torch
 
-    from generated import LENGTHS, Shape, generate_pairs, random_model, train_tokenizer
+    from benchmark.generated import LENGTHS, Shape, generate_pairs, random_model, train_tokenizer
 
     pairs = list(generate_pairs(120, LENGTHS["hh-rlhf"], seed=3))
     rows = folder / "pairs.jsonl"
@@ -63,7 +63,7 @@ def measured(recipe: Path, config: Path, arguments: Sequence[str], folder: Path)
     """GiB of the process that takes most."""
     folder.mkdir()
     run = ["--output_dir", str(folder / "run"), "--reference_cache", str(folder / "reference"), *arguments]
-    command = [sys.executable, str(ROOT / "recipes/accelerate_launch.py"), "--config_file", str(config)]
+    command = [sys.executable, str(ROOT / "recipes/core/runtime/accelerate_launch.py"), "--config_file", str(config)]
     done = subprocess.run(
         [*command, __file__, "--config", str(recipe), *run],
         capture_output=True, text=True, env=os.environ | {"MEASURED": str(folder)},
@@ -75,12 +75,12 @@ def measured(recipe: Path, config: Path, arguments: Sequence[str], folder: Path)
 def main() -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     import dpo
-    from environment import prepare_environment
+    from core.runtime.environment import prepare_environment
 
     prepare_environment()
-    import policy
-    from process_memory import PeakMemory, freed_memory_returned, share_one_heap
-    from throughput import GIB
+    from benchmark.process_memory import PeakMemory, freed_memory_returned, share_one_heap
+    from core.modeling import policy
+    from core.training.throughput import GIB
 
     share_one_heap()
     memory, load = PeakMemory(), policy.load_model

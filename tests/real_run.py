@@ -21,7 +21,17 @@ import yaml
 from nodes import free_port
 
 ROOT = Path(__file__).parents[1]
-PRELOADED = ["real_run", "conftest", "trainer", "results", "buffer", "session", "tokens", "watch", "deepspeed"]
+PRELOADED = [
+    "real_run",
+    "conftest",
+    "core.training.trainer",
+    "core.reporting.results",
+    "core.selection.buffer",
+    "core.training.session",
+    "core.data.tokens",
+    "core.runtime.watch",
+    "deepspeed",
+]
 # What a start tells: a micro-batch of the reference pass, of an evaluation or of training begins; a file of a
 # checkpoint is opened, renamed or removed; or another file of the output folder.
 REFERENCE, EVALUATION, TRAINING, SAVE, OTHER = b"r", b"e", b"t", b"s", b"o"
@@ -198,7 +208,7 @@ def _rank(start: Start, argv: list[str], rank: int, port: int, log: str, told) -
 
 def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
     """Have the trainer tell what it does, and write down the rows of each micro-batch."""
-    from trainer import ShiftedMarginTrainer
+    from core.training.trainer import ShiftedMarginTrainer
 
     steps, evaluate, reference = (
         getattr(ShiftedMarginTrainer, name) for name in ("training_step", "prediction_step", "_reference_pass")

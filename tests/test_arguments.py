@@ -17,16 +17,14 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-import combinations
-import entries
-import margins
-import preferences
-import trl_keys
-from combinations import MARGIN_SETTINGS
-from errors import RecipeError
-from parsing import parse, resolve, save_recipe, usage
-from reading import dump, load
-from validation import SECTIONS, _hints, _schema
+from core.config import combinations, entries, trl_keys
+from core.config.combinations import MARGIN_SETTINGS
+from core.config.parsing import parse, resolve, save_recipe, usage
+from core.config.reading import dump, load
+from core.config.validation import SECTIONS, _hints, _schema
+from core.data import preferences
+from core.objective import margins
+from core.runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 DPO = """\
@@ -650,7 +648,7 @@ def test_help(capsys):
 def test_a_misspelt_key_is_told_before_trl_is_imported(write):
     """TRL takes seconds, under a launcher in every process."""
     code = (
-        "import sys\nfrom errors import RecipeError\nfrom parsing import parse\n"
+        "import sys\nfrom core.runtime.errors import RecipeError\nfrom core.config.parsing import parse\n"
         "try:\n    parse('dpo')\nexcept RecipeError as error:\n"
         "    print(error, {'trl', 'transformers', 'datasets'} & set(sys.modules))\n"
     )

@@ -11,17 +11,15 @@ import pytest
 import torch
 
 import bench
-import generated
-import paired_runs
-import workloads
-from bench_report import Measure, against_all_weights, against_stock, cells, report
-from errors import RecipeError
-from generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
-from paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bound
-from parsing import build, resolve
-from selection_rate import SelectionRun, time_selection
-from throughput import GIB
-from workloads import prepare_workload
+from benchmark import generated, paired_runs, workloads
+from benchmark.bench_report import Measure, against_all_weights, against_stock, cells, report
+from benchmark.generated import LENGTHS, SHAPES, Shape, generate_pairs, random_model
+from benchmark.paired_runs import Comparison, loss_gap, measure_memory, time_rounds, token_bound
+from benchmark.selection_rate import SelectionRun, time_selection
+from benchmark.workloads import prepare_workload
+from core.config.parsing import build, resolve
+from core.runtime.errors import RecipeError
+from core.training.throughput import GIB
 
 SMALL = ["--max_length=256", "--per_device_train_batch_size=2", "--pairs_per_update=4", "--use_cpu=true"]
 

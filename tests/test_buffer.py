@@ -13,12 +13,12 @@ from datasets import Dataset
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-import buffer
 import slow_selection
-from arguments import Hygiene, Quotas, Score, Selection
-from audit import written_whole
-from buffer import refuse_overlap, select_rows
-from errors import RecipeError
+from core.config.arguments import Hygiene, Quotas, Score, Selection
+from core.runtime.errors import RecipeError
+from core.selection import buffer
+from core.selection.audit import written_whole
+from core.selection.buffer import refuse_overlap, select_rows
 from slow_selection import SWAPPED
 from test_hygiene import make_row, make_rows
 

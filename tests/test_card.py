@@ -7,15 +7,15 @@ import datasets
 import pytest
 import yaml
 
-from arguments import PreferenceRecipe, Selection
-from buffer import select_rows
-from card import FORMULAS, SETTINGS, SOURCES, markdown_table, training_table, write_card
 from conftest import preference_rows
-from figures import draw_plots
-from losses import PRESETS, Link
-from parsing import resolve, save_recipe
-from report import Record
-from trl_keys import MODEL, TRAINING
+from core.config.arguments import PreferenceRecipe, Selection
+from core.config.parsing import resolve, save_recipe
+from core.config.trl_keys import MODEL, TRAINING
+from core.objective.presets import PRESETS, Link
+from core.reporting.card import FORMULAS, SETTINGS, SOURCES, markdown_table, training_table, write_card
+from core.reporting.figures import draw_plots
+from core.selection.buffer import select_rows
+from core.training.records import Record
 
 RECIPE = """
 model_name_or_path: {model}

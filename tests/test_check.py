@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 import check
-import inspection
 from conftest import build_model
-from errors import RecipeError
-from launching import Launch, check_launched, launch_faults, read_launch
+from core.planning import inspection
+from core.runtime.errors import RecipeError
+from core.runtime.launching import Launch, check_launched, launch_faults, read_launch
 
 ROOT = Path(__file__).parents[1]
 CPU = str(ROOT / "accelerate_configs" / "cpu.yaml")

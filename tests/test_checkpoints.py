@@ -18,12 +18,12 @@ import pytest
 import torch
 from transformers.utils import logging
 
-import environment
-import stopping
-from checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
-from environment import versions
-from errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
-from stopping import StopOnSignal
+from core.runtime import environment
+from core.runtime.environment import versions
+from core.runtime.errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
+from core.training import stopping
+from core.training.checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from core.training.stopping import StopOnSignal
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
 
 
@@ -411,7 +411,7 @@ echo exit $?; ls {tmp_path}
 {sys.executable} - <<'END'
 import sys
 sys.path[:0] = {sys.path!r}
-from checkpoints import damage
+from core.training.checkpoints import damage
 from pathlib import Path
 print("damage", [damage(path) for path in sorted(Path({str(tmp_path)!r}).glob("checkpoint-*"))])
 END

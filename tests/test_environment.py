@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import environment
-from errors import SAVED_ON_SIGNAL, RecipeError
+from core.runtime import environment
+from core.runtime.errors import SAVED_ON_SIGNAL, RecipeError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+IMPORT = "from core.runtime import environment"
 
 
 def in_fresh_process(code: str, **environment: str | None) -> str:
@@ -29,7 +30,7 @@ def in_fresh_process(code: str, **environment: str | None) -> str:
 
 def test_nothing_heavy_is_imported_before_the_environment_is_set():
     heavy = {"torch", "transformers", "datasets", "huggingface_hub"}
-    code = f"import environment, sys; print({heavy} & set(sys.modules))"
+    code = f"from core.runtime import environment; import sys; print({heavy} & set(sys.modules))"
     assert in_fresh_process(code) == "set()"
 
 
@@ -65,7 +66,7 @@ def signalled(number: int, code: str, **environment: str) -> tuple[int, str]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_during_the_imports_ends_a_launched_process_as_if_saved(number, tmp_path):
     place = tmp_path / "code"
-    prepare = "import environment; environment.prepare_environment()"
+    prepare = "from core.runtime import environment; environment.prepare_environment()"
     code, output = signalled(number, prepare, LAUNCH_EXIT_CODE=str(place))
     assert code == SAVED_ON_SIGNAL and place.read_text() == str(SAVED_ON_SIGNAL)
     assert output == f"stopped by {number.name} before the first update; start again as before\n"
@@ -83,8 +84,11 @@ def test_a_signal_during_the_imports_ends_a_launched_process_as_if_saved(number,
 
 
 def test_a_process_that_is_not_launched_or_not_the_main_thread_keeps_the_systems_answer(tmp_path):
-    assert signalled(signal.SIGTERM, "import environment; environment.prepare_environment()") == (-15, "")
-    thread = "import environment, threading\n"
+    assert signalled(signal.SIGTERM, "from core.runtime import environment; environment.prepare_environment()") == (
+        -15,
+        "",
+    )
+    thread = "from core.runtime import environment\nimport threading\n"
     thread += "work = threading.Thread(target=environment.prepare_environment); work.start(); work.join()"
     assert signalled(signal.SIGTERM, thread, LAUNCH_EXIT_CODE=str(tmp_path / "code")) == (-15, "")
 
@@ -95,7 +99,7 @@ def test_local_paths_take_the_libraries_offline(loaded_before, tmp_path):
     load = "import datasets, huggingface_hub, transformers\n"
     hub = "huggingface_hub.is_offline_mode(), transformers.utils.hub.is_offline_mode()"
     look = f"print({hub}, datasets.config.HF_HUB_OFFLINE)"
-    switch = f"import environment; print(environment.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
+    switch = f"{IMPORT}; print(environment.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
     code = load + switch + look if loaded_before else switch + load + look
     assert in_fresh_process(code, HF_HUB_OFFLINE=None) == "True\nTrue True True"
 

@@ -3,9 +3,9 @@ import json
 import numpy as np
 from matplotlib.colors import to_hex
 
-from figures import COLOURS, CURVES, draw_plots, plot_curves, plot_margin_histogram
-from margins import PAIR_CLASSES
-from pair_metrics import GROUPS
+from core.objective.presets import PAIR_CLASSES
+from core.reporting.figures import COLOURS, CURVES, draw_plots, plot_curves, plot_margin_histogram
+from core.training.pair_metrics import GROUPS
 
 RECORDS = [
     {"step": 0, "epoch": 0.0, "eval_loss": 5.0, "eval_safe_unsafe/loss": 6.0},

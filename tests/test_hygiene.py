@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import slow_selection
-from arguments import Hygiene
 from conftest import FEATURES
-from hygiene import CODES, RULES, first_broken, read_facts
-from prompts import Ngrams, TokenBound
-from scanning import scan
+from core.config.arguments import Hygiene
+from core.selection.hygiene import CODES, RULES, first_broken, read_facts
+from core.selection.prompts import Ngrams, TokenBound
+from core.selection.scanning import scan
 
 SCHEMA = {name: feature for name, feature in FEATURES.items() if name != "relabelled"}
 GOOD = ("Bake bread slowly, and wait for it.", "Buy it at the shop around the corner.")

@@ -18,8 +18,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch.distributed import DistStoreError
 
-import accelerate_launch
-from checkpoints import newest_complete
+from core.runtime import accelerate_launch
+from core.training.checkpoints import newest_complete
 from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two
 from tiny_run import outcome
 
@@ -102,7 +102,7 @@ def start(
 
 
 def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
-    """The options that the stand-in for `python recipes/accelerate_launch.py` was given."""
+    """The options that the stand-in for `python recipes/core/runtime/accelerate_launch.py` was given."""
     assert done.returncode == 0, done.stderr
     words = done.stdout.split("accelerate_launch.py ")[1].split()
     return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
@@ -377,7 +377,11 @@ def test_a_crash_is_not_taken_for_the_signal_that_ends_the_others(ending, code, 
     """torch's launcher ends the first process by SIGTERM, which it answers as one that is saved: with 75."""
     script = tmp_path / "ends.py"
     lines = ["import os, sys, time", f"sys.path[:0] = [{str(ROOT / 'recipes')!r}]"]
-    lines += ["from environment import prepare_environment", "from errors import leave", "prepare_environment()"]
+    lines += [
+        "from core.runtime.environment import prepare_environment",
+        "from core.runtime.errors import leave",
+        "prepare_environment()",
+    ]
     lines += ["if os.environ['RANK'] == '1':", "    time.sleep(1)", f"    {ending}", "time.sleep(60)"]
     script.write_text("\n".join(lines))
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -390,7 +394,7 @@ def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
     """Two processes under torch's launcher, of which the second ends like this."""
     script = folder / "ends.py"
     script.write_text(f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)\n")
-    command = [sys.executable, ROOT / "recipes" / "accelerate_launch.py", "--config_file", CPU, script]
+    command = [sys.executable, ROOT / "recipes/core/runtime/accelerate_launch.py", "--config_file", CPU, script]
     return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 

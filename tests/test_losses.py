@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from arguments import LabelPolicy, Margin
-from losses import PRESETS, row_margin, shifted_margin_loss, target_sign
+from core.config.arguments import LabelPolicy
+from core.objective.losses import row_margin, shifted_margin_loss, target_sign
+from core.objective.presets import PRESETS, Margin
 
 DELTA = [0.0, 2.0, -3.0]
 MARGIN = [0.5, -1.0, 1.0]

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import build_model
-from disk import Saved, check_disk, check_room, checkpoints_kept, disk_needed
-from errors import RecipeError
-from launching import Launch
-from memory import Work, phases, states
+from core.planning.disk import Saved, check_disk, check_room, checkpoints_kept, disk_needed
+from core.planning.memory import Work, phases, states
+from core.runtime.errors import RecipeError
+from core.runtime.launching import Launch
 
 N, P = 7_241_732_096, 1_879_048_192  # Mistral-7B, and its down_proj: 32 x 4096 x 14336
 ZERO3 = Launch("zero3.yaml", "DEEPSPEED", 2, zero_stage=3)

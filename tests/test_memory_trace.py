@@ -7,10 +7,10 @@ from torch.profiler import ProfilerActivity, profile
 from trl import ModelConfig
 
 from conftest import build_model
-from errors import RecipeError
-from memory_trace import FakeModel, LiveBytes, MicroBatch, largest_micro_batch
-from parameters import select_parameters
-from prefix import PrefixSharedCollator, enable_prefix_sharing, pair_logps
+from core.modeling.parameters import select_parameters
+from core.modeling.prefix import PrefixSharedCollator, enable_prefix_sharing, pair_logps
+from core.planning.memory_trace import FakeModel, LiveBytes, MicroBatch, largest_micro_batch
+from core.runtime.errors import RecipeError
 
 
 def test_live_bytes_are_counted_and_let_go():

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from errors import RecipeError
-from output_folder import claim_output_dir
+from core.runtime.errors import RecipeError
+from core.runtime.output_folder import claim_output_dir
 
 RECIPE = {"beta": 0.1, "output_dir": "runs/a", "margin": {"preset": "bfpo", "a": 1.5}, "save_steps": 100}
 

@@ -18,15 +18,13 @@ from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
-import columns as column_module
-import conversations as flat
-import mapped_batches
-import preferences
-import sources
-from arguments import Columns, DatasetEntry, Messages, Turns
-from errors import RecipeError
-from parsing import resolve
-from preferences import FEATURES, load_conversations, load_preferences
+from core.config.arguments import Columns, DatasetEntry, Messages, Turns
+from core.config.parsing import resolve
+from core.data import columns as column_module
+from core.data import conversations as flat
+from core.data import mapped_batches, preferences, sources
+from core.data.preferences import FEATURES, load_conversations, load_preferences
+from core.runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
 
@@ -440,7 +438,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     entry = DatasetEntry(path, fraction=0.5, columns=Columns(prompt="p", **PAIR))
     script = (
         "import datasets, sys; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
-        "from arguments import *; from preferences import load_preferences\n"
+        "from core.config.arguments import *; from core.data.preferences import load_preferences\n"
         "columns = Columns(prompt='p', chosen='chosen', rejected='rejected')\n"
         "load_preferences([DatasetEntry(sys.argv[2], fraction=0.5, columns=columns)], 1)\n"
     )

@@ -23,9 +23,9 @@ from transformers import (
 )
 from trl.trainer.utils import add_fused_lm_head
 
-import shared_attention
 from conftest import build_model
-from prefix import (
+from core.modeling import shared_attention
+from core.modeling.prefix import (
     HEAD_OUTPUTS,
     SHARED_ARCHITECTURES,
     PaddedCollator,

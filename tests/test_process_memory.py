@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import process_memory
+from benchmark import process_memory
 
 START = """
 import resource
 import torch
-from process_memory import PeakMemory, freed_memory_kept, freed_memory_returned
+from benchmark.process_memory import PeakMemory, freed_memory_kept, freed_memory_returned
 
 MIB = 2**20
 
@@ -28,7 +28,7 @@ def faults_of_a_block():
 
 def figures(code: str) -> list[float]:
     """What a fresh process prints."""
-    environment = os.environ | {"PYTHONPATH": str(Path(process_memory.__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(Path(process_memory.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", START + code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [float(figure) for figure in done.stdout.split()]

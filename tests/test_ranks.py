@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import ranks
-import watch
-from errors import PEER_LOST, RecipeError
+from core.runtime import ranks, watch
+from core.runtime.errors import PEER_LOST, RecipeError
 from forked import run_ranks
 from nodes import free_port
 

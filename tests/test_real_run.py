@@ -12,8 +12,9 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from conftest import build_model
-from errors import SAVED_ON_SIGNAL, RecipeError
-from policy import verify_saved
+from core.data.tokens import ids_digest
+from core.modeling.policy import verify_saved
+from core.runtime.errors import SAVED_ON_SIGNAL, RecipeError
 from real_run import (
     EVALUATION,
     OTHER,
@@ -27,7 +28,6 @@ from real_run import (
     prepare,
     run,
 )
-from tokens import ids_digest
 
 SHORT = ["--max_steps", "5"]
 AUTO = [*SHORT, "--resume_from_checkpoint", "auto"]

@@ -18,13 +18,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, ModelConfig
 
-import reference
 from conftest import build_model
-from errors import RecipeError
+from core.modeling import reference
+from core.modeling.policy import open_cache
+from core.modeling.reference import ReferenceCache, namespace, reference_logps, sequence_keys
+from core.modeling.weights import weights_digest
+from core.runtime.errors import RecipeError
 from forked import run_ranks
-from policy import open_cache
-from reference import ReferenceCache, namespace, reference_logps, sequence_keys
-from weights import weights_digest
 
 FILES = "*.safetensors"
 
@@ -388,7 +388,7 @@ def test_the_digest_follows_what_the_config_computes(model_folder, tmp_path):
 
 
 def test_every_piece_and_shard_enters_the_digest(tmp_path, monkeypatch):
-    monkeypatch.setattr("weights.PIECE", 1000)
+    monkeypatch.setattr("core.modeling.weights.PIECE", 1000)
     build_model().save_pretrained(tmp_path, max_shard_size="50KB")
     shards = sorted(tmp_path.glob(FILES))
     assert len(shards) >= 2

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from errors import RecipeError
+from core.runtime.errors import RecipeError
+from core.selection.replay import EpochCallback, ReplaySampler, deal
 from forked import run_ranks
-from replay import EpochCallback, ReplaySampler, deal
 
 
 def sampler_of(tasks: int, buffers: int, lengths=None, **overrides) -> ReplaySampler:

@@ -7,19 +7,9 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from errors import RecipeError
-from report import (
-    MetricsFile,
-    evaluation_table,
-    evaluations,
-    group_table,
-    margin_table,
-    number,
-    print_table,
-    read_metrics,
-    series,
-    stage_table,
-)
+from core.reporting.report import evaluation_table, group_table, margin_table, number, print_table, stage_table
+from core.runtime.errors import RecipeError
+from core.training.records import MetricsFile, evaluations, read_metrics, series
 
 TIMINGS = ("runtime", "per_second")  # of the machine, not of the run
 

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from trl import ModelConfig
 
 from conftest import WORDS, build_model
-from errors import RecipeError
+from core.modeling.policy import verify_saved
+from core.runtime.errors import RecipeError
 from forked import run_script
-from policy import verify_saved
 
 RECIPE = """\
 model_name_or_path: {model}
@@ -202,8 +202,8 @@ def test_rows_are_chosen_by_the_references_gap(folder):
 
 def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
     """Not even a folder is made, so that one that cannot be written is in nobody's way."""
-    monkeypatch.setattr("reference.DEFAULT_FOLDER", Path("/proc/nowhere"))
-    monkeypatch.setattr("policy.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    monkeypatch.setattr("core.modeling.reference.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    monkeypatch.setattr("core.modeling.policy.DEFAULT_FOLDER", Path("/proc/nowhere"))
     script("dpo", f"--config={folder}/full.yaml", "--precompute_ref_log_probs=false", f"--output_dir={folder}/live")
     live, full = ([entry["loss"] for entry in metrics(folder / name) if "loss" in entry] for name in ("live", "full"))
     assert live == pytest.approx(full, rel=1e-5)

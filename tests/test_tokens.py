@@ -3,8 +3,8 @@
 import pytest
 
 from conftest import build_tokenizer
-from errors import RecipeError
-from tokens import check_tokenizer
+from core.data.tokens import check_tokenizer
+from core.runtime.errors import RecipeError
 
 
 def test_a_tokenizer_needs_a_chat_template_and_a_pad_token():

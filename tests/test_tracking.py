@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-import environment
-import tracking
+from core.runtime import environment
+from core.training import tracking
 from test_environment import in_fresh_process
 
 
@@ -95,7 +95,8 @@ def test_a_run_that_goes_on_is_the_same_wandb_run(no_wandb):
     audit = no_wandb / "selection.json"
     audit.write_text('{"kept": 12}')
     code = f"""
-import tracking, wandb
+import wandb
+from core.training import tracking
 reason = tracking.start_wandb({str(no_wandb / "run")!r}, {{"beta": 0.1}}, {str(audit)!r}, run_name="tiny")
 print(wandb.run.id, wandb.run.name, wandb.run.settings.mode, dict(wandb.run.config), reason)
 wandb.run.log({{"loss": 1.0}})

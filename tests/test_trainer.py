@@ -8,13 +8,14 @@ import torch
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from arguments import Margin, Replay
 from conftest import build_model, preference_rows
-from margins import PAIR_CLASSES, pair_classes, row_margins
-from prefix import unsupported_reason
-from reference import ReferenceCache
-from tokens import tokenize_rows
-from trainer import ShiftedMarginTrainer, role_weighted_mean
+from core.config.arguments import Replay
+from core.data.tokens import tokenize_rows
+from core.modeling.prefix import unsupported_reason
+from core.modeling.reference import ReferenceCache
+from core.objective.margins import pair_classes, row_margins
+from core.objective.presets import PAIR_CLASSES, Margin
+from core.training.trainer import ShiftedMarginTrainer, role_weighted_mean
 
 MAX_LENGTH = 48  # cuts some answers of the rows below
 

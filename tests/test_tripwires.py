@@ -7,8 +7,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from conftest import build_model
-from errors import RecipeError
-from tripwires import Movement, Tripwires, check_first_loss, draws_dropout
+from core.runtime.errors import RecipeError
+from core.training.tripwires import Movement, Tripwires, check_first_loss, draws_dropout
 
 
 class GuardedTrainer(Tripwires, Trainer):

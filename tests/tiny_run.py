@@ -16,7 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 STEPS, SAVE_EVERY = 8, 2
-PRELOADED = ["tiny_run", "conftest", "transformers.trainer", "deepspeed", "checkpoints", "tripwires"]
+PRELOADED = [
+    "tiny_run",
+    "conftest",
+    "transformers.trainer",
+    "deepspeed",
+    "core.training.checkpoints",
+    "core.training.tripwires",
+]
 
 
 @dataclass
@@ -78,14 +85,14 @@ def run(options: Options) -> None:
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from checkpoints import CompleteCheckpoints, check_fits, checkpoint_to_resume, launched_as
     from conftest import build_model
-    from environment import spare_cpu_compile
-    from errors import exits_cleanly
-    from ranks import join_processes, rank
-    from stopping import StopOnSignal
-    from tripwires import Tripwires
-    from watch import Watch
+    from core.runtime.environment import spare_cpu_compile
+    from core.runtime.errors import exits_cleanly
+    from core.runtime.ranks import join_processes, rank
+    from core.runtime.watch import Watch
+    from core.training.checkpoints import CompleteCheckpoints, check_fits, checkpoint_to_resume, launched_as
+    from core.training.stopping import StopOnSignal
+    from core.training.tripwires import Tripwires
 
     torch.set_num_threads(1)
 
@@ -159,7 +166,7 @@ def outcome(output_dir: Path) -> tuple[str | None, list[float], dict]:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-    from environment import prepare_environment
+    from core.runtime.environment import prepare_environment
 
     prepare_environment()
     asked = Options(**json.loads(sys.argv[1]))

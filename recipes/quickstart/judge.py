@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from card import write_card
+from core.reporting.card import write_card
+from core.reporting.report import print_table
 from grammar import Request, judge, requests, split
 from prepare import answerer, write_rows
-from report import print_table
 
 # Measure → which requests it looks at (harmful: True, benign: False, all: None) and the answers that count.
 MEASURES = {

@@ -17,7 +17,7 @@ from transformers import (
     set_seed,
 )
 
-from generation import generate
+from core.modeling.generation import generate
 from grammar import (
     Request,
     conversations,

@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules in recipes/
 
-from environment import prepare_environment
-from errors import RecipeError, exits_cleanly
-from parsing import resolve
+from core.config.parsing import resolve
+from core.runtime.environment import prepare_environment
+from core.runtime.errors import RecipeError, exits_cleanly
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes" / "quickstart"
@@ -96,7 +96,7 @@ def free_folder(wanted: Path | None) -> Path:
 def launch(stage: str, accelerate_config: str, settings: dict[str, str | int | Path], overrides: Sequence[str] = ()):
     """Run a stage as a user would: `accelerate launch`, its YAML and overrides. If it fails, so does this process."""
     scripts = ROOT / "recipes"
-    command = [sys.executable, str(scripts / "accelerate_launch.py"), "--config_file", accelerate_config]
+    command = [sys.executable, str(scripts / "core/runtime/accelerate_launch.py"), "--config_file", accelerate_config]
     command += [str(scripts / f"{stage}.py"), "--config", str(RECIPES / f"{stage}.yaml")]
     code = subprocess.run([*command, *(f"--{key}={value}" for key, value in settings.items()), *overrides]).returncode
     if code:

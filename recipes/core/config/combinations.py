@@ -1,0 +1,210 @@
+"""What a recipe may not say at once, and what follows from what it says: preset, reference pass, batch arithmetic."""
+
+import importlib.util
+from typing import Any
+
+from core.config.arguments import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
+from core.config.entries import check_conversations, check_preferences
+from core.config.reading import Document
+from core.config.trl_keys import DEFAULTS
+from core.objective.presets import PRESETS, Margin
+from core.runtime.errors import RecipeError
+from core.runtime.text import did_you_mean, show
+
+Recipe = PreferenceRecipe | SFTRecipe | EvaluateRecipe
+Given = dict[str, Any]  # the recipe's keys of TRL
+PAIR_CLASSES = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe", "unlabelled")
+MARGIN_SETTINGS = ("a", "b", "k", "c", "phi", "link", "scaled", "p", "epsilon", "length_normalized", "reference_free")
+SAFETY = ("safe", "severity", "chosen_safe", "chosen_severity")
+SAFETY_WAY_OUT = "map safe, or chosen_safe and rejected_safe (a column, or true or false for all), or severities"
+LINK_KEYS = {"scaled": "squared", "p": "signed", "epsilon": "soft"}  # the one link that reads the key
+
+
+def check_sources(kind: str, document: Document, recipe: Recipe) -> None:
+    if kind == "evaluate" and not recipe.datasets and recipe.prompts is None:
+        raise RecipeError(f"{document.path}: nothing to evaluate; give datasets, or prompts")
+    if kind != "evaluate" and not recipe.datasets:
+        raise document.refuse(("datasets",), "is empty; give at least one source of rows")
+    for index, entry in enumerate(recipe.datasets):
+        if kind == "sft" and entry.role == "buffer":
+            raise document.refuse(("datasets", index, "role"), "an SFT stage replays nothing; remove it")
+    if recipe.datasets and all(entry.role == "buffer" for entry in recipe.datasets):
+        raise document.refuse(("datasets",), "all entries are buffer; an epoch is the task set, so one must be a task")
+    for entries in (recipe.datasets, recipe.eval_datasets):
+        (check_conversations if kind == "sft" else check_preferences)(entries)
+
+
+def check_training(document: Document, recipe: Recipe, given: Given) -> None:
+    setting = DEFAULTS | given
+    if setting["fp16"] and given.get("bf16"):
+        raise document.refuse(("bf16",), "fp16 is true as well; keep one")
+    if not recipe.eval_datasets:
+        for key, off in (("eval_strategy", "no"), ("eval_on_start", False), ("load_best_model_at_end", False)):
+            if setting[key] != off:
+                raise document.refuse((key,), "there is nothing to evaluate on; give eval_datasets, or remove it")
+    if setting["load_best_model_at_end"] and setting["eval_strategy"] == "no":
+        raise document.refuse(("load_best_model_at_end",), "needs eval_strategy: steps or epoch")
+    for tracker in [setting["report_to"]] if isinstance(setting["report_to"], str) else setting["report_to"]:
+        if tracker != "none" and importlib.util.find_spec(tracker) is None:
+            raise document.refuse(("report_to",), f"{tracker} is not installed; run `pip install {tracker}`")
+    if not setting["use_peft"]:
+        for key in given:
+            if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
+                raise document.refuse((key,), "has no effect without use_peft: true; set that, or remove the key")
+    targets = given.get("lora_target_modules")
+    if setting["use_peft"] and recipe.trainable_parameters and targets is not None:
+        if targets not in (recipe.trainable_parameters, *recipe.trainable_parameters):
+            raise document.refuse(
+                ("lora_target_modules",), "differs from trainable_parameters, which name LoRA's targets; keep one"
+            )
+    flash = str(setting["attn_implementation"]).startswith("flash_attention")
+    packs = setting["padding_free"] or setting["packing"] and setting["packing_strategy"] != "wrapped"
+    if packs and not flash:
+        key = "padding_free" if setting["padding_free"] else "packing"
+        raise document.refuse(
+            (key,), "conversations would see each other without attn_implementation: flash_attention_2; set false"
+        )
+
+
+def expand_preset(document: Document, recipe: Recipe, training: Given, announcements: list[str]) -> None:
+    """Put the preset's numbers where the recipe gives none of its own, and say so."""
+    margin, selection = recipe.margin, recipe.selection
+    given = document.values.get("margin") or {}
+    if not given:
+        margin.preset = "dpo"
+        announcements.append("margin: not given, so plain DPO")
+    if margin.preset is not None:
+        preset = PRESETS[margin.preset]
+        own = {
+            "learning_rate": training.get("learning_rate"),
+            "beta": training.get("beta"),
+            "labels": selection.labels,
+        }
+        own |= {key: value for key, value in given.items() if key != "preset"}
+        for key, value in preset.items():
+            if own.get(key) is not None and own[key] != value:
+                name = {"beta": "", "learning_rate": "", "labels": "selection."}.get(key, "margin.") + key
+                announcements.append(f"{name} {own[key]} is the recipe's own; preset {margin.preset} has {value}")
+            elif key in ("beta", "learning_rate"):
+                training[key] = value
+            elif key == "labels":
+                selection.labels = value
+            else:
+                setattr(margin, key, value)
+    training.setdefault("beta", DEFAULTS["beta"])
+    if selection.labels is None:
+        selection.labels = "helpful"
+    numbers = " ".join(f"{key}={getattr(margin, key)}" for key in MARGIN_SETTINGS)
+    name = f"preset {margin.preset}" if margin.preset else "without preset"
+    announcements.append(f"margin {name}: {numbers}, beta={training['beta']}, labels={selection.labels}")
+
+
+def check_margin(document: Document, recipe: Recipe) -> None:
+    margin = recipe.margin
+    origin = f" (from preset {margin.preset})" if margin.preset else ""
+    for key, link in LINK_KEYS.items():
+        if margin.link != link and getattr(margin, key) != getattr(Margin, key):
+            value = show(getattr(margin, key)) + ("" if key in document.values["margin"] else origin)
+            raise document.refuse(
+                ("margin", key), f"{value} is read by link {link}, and the link is {margin.link}; remove one of them"
+            )
+    for key, default, weights in (("phi", "identity", "k"), ("indicator", "safe", "ab")):
+        if getattr(margin, key) != default and not any(getattr(margin, weight) for weight in weights):
+            raise document.refuse(
+                ("margin", key), f"has no effect while {' and '.join(weights)} are 0; set them, or remove it"
+            )
+    for name, entries in (("datasets", recipe.datasets), ("eval_datasets", recipe.eval_datasets)):
+        for index, entry in enumerate(entries):
+            place = (name, index, "columns")
+            if margin.k and not _maps(entry, "scores", "score_chosen"):
+                raise document.refuse(
+                    place,
+                    f"margin.k = {margin.k:g}{origin} needs scores; map scores, or score_chosen and score_rejected",
+                )
+            if (margin.a or margin.b) and not _maps(entry, *SAFETY):
+                raise document.refuse(place, f"margin.a and margin.b{origin} need safety labels; {SAFETY_WAY_OUT}")
+
+
+def _maps(entry: DatasetEntry, *columns: str) -> bool:
+    return any(getattr(entry.columns, name) is not None for name in columns)
+
+
+def check_selection(document: Document, recipe: Recipe, training: Given) -> None:
+    selection = recipe.selection
+    for index, entry in enumerate(recipe.datasets):
+        if selection.labels != "helpful" and entry.role == "task" and not _maps(entry, *SAFETY):
+            raise document.refuse(
+                ("datasets", index, "columns"),
+                f"selection.labels: {selection.labels} needs safety labels; {SAFETY_WAY_OUT}",
+            )
+    if (score := selection.score) is not None:
+        if (score.keep is None) == (score.band is None):
+            raise document.refuse(("selection", "score"), "give either keep or band")
+        if score.band and not 0 <= score.band[0] < score.band[1] <= 1:
+            raise document.refuse(("selection", "score", "band"), f"{score.band} must rise within 0 and 1")
+    if (quotas := selection.quotas) is not None and quotas.by == "pair_class":
+        for name in quotas.limits:
+            if name not in PAIR_CLASSES:
+                hint = did_you_mean(name, PAIR_CLASSES) or f"; there are {', '.join(PAIR_CLASSES)}"
+                raise document.refuse(("selection", "quotas", "limits", name), f"no such pair class{hint}")
+    replay, batch = selection.replay, (DEFAULTS | training)["per_device_train_batch_size"]
+    if any(entry.role == "buffer" for entry in recipe.datasets):
+        if batch % (replay.task + replay.buffer):
+            raise document.refuse(
+                ("per_device_train_batch_size",),
+                f"{batch} pairs cannot be split {replay.task} task to {replay.buffer} buffer (selection.replay); make "
+                f"it a multiple of {replay.task + replay.buffer}",
+            )
+    elif replay != Replay():
+        raise document.refuse(
+            ("selection", "replay"), "no entry of datasets has role: buffer; add one, or remove this"
+        )
+    if selection.seed is None:
+        selection.seed = (DEFAULTS | training)["seed"]
+
+
+def choose_reference_pass(
+    document: Document, recipe: Recipe, model: Given, training: Given, announcements: list[str]
+) -> None:
+    key = "precompute_ref_log_probs"
+    if recipe.margin.reference_free and training.get(key):
+        raise document.refuse((key,), "margin.reference_free has no reference to compute; set one of them to false")
+    if key not in training:
+        training[key] = not recipe.margin.reference_free
+        reason = {True: "so no update needs the reference"}.get(training[key], "there is no reference")
+        announcements.append(f"{key}: {str(training[key]).lower()}, {reason}")
+    if recipe.prefix_sharing and model.get("attn_implementation") is not None:
+        announcements.append(
+            "attn_implementation: has no effect on pairs that share their prompts (prefix_sharing: true), which have "
+            "an attention of their own"
+        )
+    if recipe.reference_cache is not None and not training[key]:
+        raise document.refuse(("reference_cache",), f"nothing is cached while {key} is false; remove it")
+
+
+def fit_batch(document: Document, recipe: Recipe, training: Given, world_size: int) -> None:
+    """Derive the accumulation from the rows per update, and hold the launch against `num_processes`."""
+    if recipe.num_processes not in (None, world_size):
+        raise document.refuse(
+            ("num_processes",),
+            f"{recipe.num_processes}, but the launcher started {world_size}; start with accelerate launch "
+            f"--num_processes {recipe.num_processes}, or correct the recipe",
+        )
+    key = "conversations_per_update" if isinstance(recipe, SFTRecipe) else "pairs_per_update"
+    wanted = getattr(recipe, key)
+    if wanted is None:
+        return
+    batch = (DEFAULTS | training)["per_device_train_batch_size"]
+    steps, rest = divmod(wanted, batch * world_size)
+    if rest:
+        raise document.refuse(
+            (key,),
+            f"{wanted} is not a multiple of per_device_train_batch_size {batch} x {world_size} processes = "
+            f"{batch * world_size}; change one of the three",
+        )
+    given = training.setdefault("gradient_accumulation_steps", steps)
+    if given != steps:
+        raise document.refuse(
+            ("gradient_accumulation_steps",),
+            f"{given}, but {key} {wanted} = {batch} per device x {steps} x {world_size} processes; remove one of them",
+        )

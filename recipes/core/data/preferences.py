@@ -1,0 +1,197 @@
+"""Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+
+from core.config.arguments import Columns, DatasetEntry
+from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
+from core.data.columns import MESSAGE, NULL, TEXT, check_columns, find
+from core.data.conversations import flags
+from core.data.mapped_batches import read_answers, read_batch, read_conversations, read_pairs
+from core.data.sources import draw_fraction, load_rows
+from core.runtime.environment import code_digest
+from core.runtime.errors import RecipeError
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+FEATURES = Features(
+    {
+        "prompt": MESSAGES,
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "chosen_safe": Value("bool"),
+        "rejected_safe": Value("bool"),
+        "chosen_severity": Value("int64"),
+        "rejected_severity": Value("int64"),
+        "score_chosen": Value("float64"),
+        "score_rejected": Value("float64"),
+        "tie": Value("bool"),
+        "category": Value("string"),
+        "source": Value("string"),
+        "row_id": Value("string"),
+        "role": Value("string"),
+    }
+)
+
+BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `bad_rows: drop` left out
+
+ROWS_NAMED = 5  # rows that a message names before it only counts
+WORKER_ROWS = 10_000  # rows that are worth a process of their own
+# Part of every cache key, so that rows which other code has mapped are never read back.
+CODE = code_digest("data/preferences", "data/mapped_batches", "config/entries", "data/columns", "data/conversations")
+
+
+def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:
+    """
+    The preference rows of all entries, one entry after the other: `FEATURES` and the entries' `extra` columns
+    (float64, null in the rows of an entry that doesn't name them).
+
+    Args:
+        entries: the recipe's `datasets` or `eval_datasets`.
+        seed: draws each entry's `fraction`.
+        num_proc: processes that map the rows; None: one.
+
+    Raises:
+        RecipeError: an entry that can't be loaded, a mapping that doesn't fit its columns, or bad rows under
+            `bad_rows: error`.
+    """
+    check_preferences(entries)
+    extra = sorted({name for entry in entries for name in entry.columns.extra})
+    parts, bad = [], []
+    for entry, source in zip(entries, source_names(entries), strict=True):
+        fixed = {"source": source, "role": entry.role, "extra": extra}
+        features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
+        rows, dropped = _map(entry, source, seed, num_proc, read_pairs, features, fixed)
+        parts.append(rows)
+        bad += dropped
+    return datasets.concatenate_datasets(parts), bad
+
+
+def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> Dataset:
+    """
+    Conversations that end in the answer to learn, in the column `messages`: an entry's `columns.conversation`, or the
+    chosen, rejected or safer answer of its preference rows. An empty answer is a bad row here, since no selection
+    follows; rows left out by `bad_rows: drop` are counted in a warning.
+
+    Raises:
+        RecipeError: as `load_preferences`, and as `entries.check_conversations`.
+    """
+    check_conversations(entries)
+    parts = []
+    for entry, source in zip(entries, source_names(entries), strict=True):
+        if entry.columns.conversation is not None:
+            read, fixed = read_conversations, {"source": source}
+        else:
+            entry = with_answer(entry)
+            read, fixed = read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
+        features = Features({"messages": MESSAGES, "row_id": Value("string")})
+        rows, bad = _map(entry, source, seed, num_proc, read, features, fixed)
+        for reason, count in Counter(row["reason"] for row in bad).items():
+            logging.getLogger(__name__).warning("%s: %d rows dropped: %s", place(entry), count, reason)
+        parts.append(rows.select_columns("messages"))
+    return datasets.concatenate_datasets(parts)
+
+
+def _map(
+    entry: DatasetEntry,
+    source: str,
+    seed: int,
+    num_proc: int | None,
+    read: Callable[..., dict[str, pa.Array]],
+    features: Features,
+    fixed: dict,
+) -> tuple[Dataset, BadRows]:
+    """An entry's rows through `read`, cached on disk; bad rows are refused, or dropped and listed."""
+    where, columns = place(entry), entry.columns
+    rows = load_rows(entry)
+    kinds = check_columns(rows.data.table, columns, where)
+    _check_answers(columns, kinds, where)
+    total, kept = len(rows), np.arange(len(rows))
+    needed = {find(name, rows.data.table.schema)[0] for name in kinds}
+    rows = rows.select_columns(sorted(needed))
+    if entry.fraction is not None and entry.fraction < 1:
+        kept = draw_fraction(total, entry.fraction, seed, source)
+        if not len(kept):
+            raise RecipeError(f"{where}: `fraction: {entry.fraction}` of {total} rows leaves none; raise it")
+        rows = rows.select(kept)
+    workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
+    mapped = rows.with_format("arrow").map(
+        read_batch,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=Features({**features, "fault": Value("string")}),
+        fn_kwargs={"read": read, "numbers": kept, "columns": columns, "kinds": kinds, "fixed": fixed},
+        num_proc=workers if workers > 1 else None,
+        # What is read decides, not how Python happens to pickle it.
+        new_fingerprint=Hasher.hash(
+            [rows._fingerprint, CODE, read.__name__, dataclasses.asdict(columns), kinds, fixed]
+        ),
+        desc=f"rows of {source}",
+    )
+    mapped = mapped.with_format(None)
+    if columns.row_id is not None:
+        _check_row_ids(mapped.data.column("row_id"), columns.row_id, where)
+    faults = mapped.data.column("fault").combine_chunks()
+    mapped = mapped.remove_columns("fault")
+    bad = np.flatnonzero(flags(faults.is_valid()))
+    if not len(bad):
+        return mapped, []
+    reasons = faults.take(pa.array(bad)).to_pylist()
+    if entry.bad_rows == "error" or len(bad) == len(mapped):
+        raise RecipeError(f"{where}: {_summary(reasons, kept[bad], len(mapped))}")
+    dropped = [
+        {"row_id": row_id, "source": source, "reason": reason}
+        for row_id, reason in zip(mapped.select(bad)["row_id"], reasons, strict=True)
+    ]
+    return mapped.select(np.flatnonzero(flags(faults.is_null()))), dropped
+
+
+def _check_answers(columns: Columns, kinds: dict[str, str], where: str) -> None:
+    """Refuse two answers of different layouts, and answers of plain text that no prompt goes with."""
+    if columns.conversation is not None:
+        return
+    first, second = columns.responses or (columns.chosen, columns.rejected)
+    if kinds[first] != kinds[second] and NULL not in (kinds[first], kinds[second]):
+        raise RecipeError(
+            f"{where}: {first!r} holds {kinds[first]} and {second!r} {kinds[second]}; both need one layout"
+        )
+    if kinds[first] in (TEXT, MESSAGE) and columns.prompt is None and columns.turns is None:
+        raise RecipeError(
+            f"{where}: {first!r} holds {kinds[first]}, so the prompt is elsewhere; set columns.prompt, or "
+            "columns.turns if it is a transcript"
+        )
+
+
+def _check_row_ids(ids: pa.ChunkedArray, name: str, where: str) -> None:
+    counts = pc.value_counts(ids.drop_null())
+    shared = counts.filter(pc.greater(pc.struct_field(counts, [1]), 1))
+    if len(shared):
+        examples = ", ".join(shared.field(0)[:ROWS_NAMED].to_pylist())
+        raise RecipeError(
+            f"{where}: columns.row_id names {name!r}, but several rows share an id ({examples}); name a column of "
+            "unique ids, or remove columns.row_id to number the rows"
+        )
+
+
+def _summary(reasons: list[str], numbers: np.ndarray, total: int) -> str:
+    """One line on all bad rows: each fault with its first rows."""
+    rows_of: dict[str, list[int]] = {}
+    for reason, number in zip(reasons, numbers.tolist(), strict=True):
+        rows_of.setdefault(reason, []).append(number)
+    faults = []
+    for reason, rows in rows_of.items():
+        more = f" and {len(rows) - ROWS_NAMED} more" if len(rows) > ROWS_NAMED else ""
+        faults.append(f"{reason}: row{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:ROWS_NAMED]))}{more}")
+    way_out = (
+        "mend the source" if len(reasons) == total else "mend them, or set `bad_rows: drop` to go on without them"
+    )
+    return f"{len(reasons)} of {total} rows can't be used (rows count from 0): {'; '.join(faults)}; {way_out}"

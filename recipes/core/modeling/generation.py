@@ -1,0 +1,110 @@
+"""A model's answers to prompts from a file."""
+
+import json
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+
+from core.runtime.errors import RecipeError
+
+
+def read_prompts(path: str) -> list[list[dict[str, str]]]:
+    """
+    Conversations to answer: a .txt file with a prompt per line, or a .jsonl file whose lines have `prompt` (a string)
+    or `messages`.
+
+    Raises:
+        RecipeError: the file, or one of its lines, is not that; it names the line.
+    """
+    file = Path(path)
+    if file.suffix not in (".txt", ".jsonl"):
+        raise RecipeError(f"prompts: {path} is neither a .txt (a prompt per line) nor a .jsonl file")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RecipeError(f"prompts: {path}: {error.strerror}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        if file.suffix == ".txt":
+            prompts.append([{"role": "user", "content": line}])
+            continue
+        try:
+            prompts.append(_conversation(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:  # JSONDecodeError is a ValueError
+            raise RecipeError(
+                f'prompts: {path}, line {number}: not an object with "prompt" (text) or "messages" (a list of objects '
+                f'with "role" and "content") ({error})'
+            ) from error
+    if not prompts:
+        raise RecipeError(f"prompts: {path} holds no prompt")
+    return prompts
+
+
+def _conversation(row: dict) -> list[dict[str, str]]:
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    for message in messages:
+        if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
+            raise TypeError("a role or content is no text")
+    return messages
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[dict[str, str]]],
+    max_new_tokens: int,
+    batch_size: int,
+    **sampling: float | bool,
+) -> list[str]:
+    """The model's answer to each conversation, greedy unless `sampling` says otherwise, in their order."""
+    answers: list[str] = [""] * len(conversations)
+    texts = [
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations
+    ]
+    # Prompts of like length share a batch, so that little of it is padding.
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    for start in tqdm(range(0, len(order), batch_size), desc="Answering", disable=len(order) <= batch_size):
+        batch = order[start : start + batch_size]
+        inputs = tokenizer(
+            [texts[index] for index in batch], return_tensors="pt", padding=True, add_special_tokens=False
+        ).to(model.device)
+        settings = {"do_sample": False} | sampling
+        ids = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **settings,
+        )
+        for index, answer in zip(batch, ids[:, inputs["input_ids"].shape[1] :], strict=True):
+            answers[index] = tokenizer.decode(answer, skip_special_tokens=True).strip()
+    return answers
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[dict[str, str]]],
+    max_new_tokens: int,
+    args: TrainingArguments,
+) -> None:
+    """Write `output_dir`/generations.jsonl: a line per prompt with `messages` and `answer`, in their order."""
+    model = model.to(args.device).eval()
+    state = PartialState()
+    with state.split_between_processes(prompts) as mine:
+        answers = gather_object(generate(model, tokenizer, mine, max_new_tokens, args.per_device_eval_batch_size))
+    if state.is_main_process:
+        path = Path(args.output_dir) / "generations.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", encoding="utf-8") as file:
+            for prompt, answer in zip(prompts, answers, strict=True):
+                file.write(json.dumps({"messages": prompt, "answer": answer}, ensure_ascii=False) + "\n")
+        print(f"{len(answers):,} answers are in {path}", flush=True)

@@ -1,0 +1,122 @@
+"""Disk that a run's checkpoints and its final model take, held against what is free before the run starts."""
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from core.config.parsing import Resolved
+from core.modeling.parameters import count_parameters
+from core.runtime.errors import RecipeError
+from core.runtime.output_folder import existing_parent
+from core.runtime.ranks import first_rank_decides
+from core.training.checkpoints import ASIDE, numbered
+
+# Tensors of a trained weight's size that an optimizer keeps; adafactor's are of its rows and columns.
+OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one run writes. N parameters, P of them trained, w bytes a weight."""
+
+    total: int  # N
+    trained: int  # P
+    weight_bytes: int  # w, as the weights are saved
+    zero_stage: int  # 0: no DeepSpeed
+    adapter: bool = False  # the model is saved as an adapter: its P weights alone
+
+    def model(self) -> int:
+        return (self.trained if self.adapter else self.total) * self.weight_bytes
+
+    def checkpoint(self, optim: str, only_model: bool) -> int:
+        """
+        The model and, for a resume, k optimizer states of each trained weight, of all processes together: in w bytes,
+        or under DeepSpeed in 4, with a float32 master beside them. DeepSpeed also writes the weights once more: all of
+        them under ZeRO-2, the frozen ones under ZeRO-3.
+        """
+        if only_model:
+            return self.model()
+        k = OPTIMIZER_STATES[optim]
+        if not self.zero_stage:
+            return self.model() + self.trained * k * self.weight_bytes
+        again = self.total - (self.trained if self.zero_stage == 3 else 0)
+        return self.model() + self.trained * (k + 1) * 4 + again * self.weight_bytes
+
+
+def checkpoints_kept(args: Any, steps: int) -> int:
+    """
+    The most checkpoints that are on the disk at a time in a run of `steps` updates: `save_total_limit` of them, and
+    one more while it is written, since the oldest goes only when the newest is whole.
+    """
+    if args.save_strategy == "no":
+        return 0
+    if args.save_strategy == "steps":
+        every = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * steps)
+        saves = math.ceil(steps / every)  # the last update is saved too
+    else:
+        saves = math.ceil(args.num_train_epochs)
+    return saves if args.save_total_limit is None else min(saves, args.save_total_limit + 1)
+
+
+def disk_needed(saved: Saved, args: Any, steps: int) -> tuple[int, str]:
+    """Bytes that the run takes in its output folder, and what for, in words."""
+    kept, each = checkpoints_kept(args, steps), saved.checkpoint(args.optim, args.save_only_model)
+    bytes_ = kept * each + saved.model()
+    if not kept:
+        return bytes_, "the final weights"
+    return bytes_, f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / 1e9:.1f} GB and the final weights"
+
+
+def bytes_there(args: Any, steps: int) -> int:
+    """
+    What of `disk_needed` is in the output folder already when a run goes on: the checkpoints that stay while the next
+    one is written, what an interrupted save left behind, which goes before that, and final weights, written over.
+    """
+    folder, kept = Path(args.output_dir), checkpoints_kept(args, steps)
+    if args.save_total_limit is not None:
+        kept = min(kept, args.save_total_limit)
+    files = [path for name in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
+    for inside in (folder / ASIDE, *numbered(folder)[:kept]):
+        files += inside.rglob("*")
+    return sum(path.stat().st_size for path in files if path.is_file())
+
+
+def check_disk(folder: str | Path, needed: int, what: str, there: int = 0) -> None:
+    """
+    Raises:
+        RecipeError: less than `needed` bytes are free where `folder` is or will be, or `there`; `what` says for what.
+    """
+    place = existing_parent(Path(folder))
+    free = shutil.disk_usage(place).free
+    if free < needed - there:
+        known = f", of which {there / 1e9:.1f} GB are there," if there else ""
+        raise RecipeError(
+            f"{folder}: {what} need {needed / 1e9:.1f} GB{known} and {free / 1e9:.1f} GB are free on that disk; make "
+            "room, choose another output_dir, or keep fewer checkpoints (save_total_limit)"
+        )
+
+
+def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:
+    """
+    For the start of a run, on every rank.
+
+    Args:
+        model: the policy, its trainable parameters chosen.
+        rows: that an epoch trains on at least.
+
+    Raises:
+        RecipeError: the checkpoints would not fit on the disk of output_dir.
+    """
+    args, adapter = resolved.training, resolved.model.use_peft
+    trained, total = count_parameters(model)
+    stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
+    # An adapter is not there yet, and is small.
+    saved = Saved(0 if adapter else total, 0 if adapter else trained, model.dtype.itemsize, stage)
+    per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_update * args.num_train_epochs)
+    steps = max(1, steps)
+    first_rank_decides(lambda: check_disk(args.output_dir, *disk_needed(saved, args, steps), bytes_there(args, steps)))

@@ -1,0 +1,185 @@
+"""What a run would read, for `check.py`: output folder, network, model, rows. Shown, and what is wrong collected."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from core.config.arguments import DatasetEntry
+from core.config.parsing import Resolved
+from core.data.preferences import load_conversations, load_preferences
+from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
+from core.objective.margins import first_losses
+from core.planning.findings import Findings
+from core.reporting.report import number, print_table
+from core.reporting.results import show_selection
+from core.runtime.environment import check_model_path, hub_is_off, hub_is_reachable
+from core.runtime.errors import RecipeError
+from core.runtime.output_folder import claim_output_dir
+from core.selection.buffer import refuse_overlap
+from core.selection.pairs import Pairs, prepare_pairs
+from core.training.tracking import why_wandb_is_offline
+
+SHOWN_CHARACTERS = 1200  # of each part of a pair
+SAMPLE = 2000  # conversations that an SFT check tokenises
+
+
+def check_surroundings(resolved: Resolved, findings: Findings) -> None:
+    """The output folder, and what the network is needed for."""
+    values = resolved.values
+    findings.attempt(claim_output_dir, values["output_dir"], values, bool(values.get("resume_from_checkpoint")))
+    if hub_is_off():
+        print("Hub: not asked; model and data are on this disk, or HF_HUB_OFFLINE is set")
+    else:
+        print(f"Hub: {'reachable' if hub_is_reachable() else 'cannot be reached from here'}")
+    if "wandb" in resolved.training.report_to:
+        mode = os.environ.get("WANDB_MODE")
+        reason = None if mode else why_wandb_is_offline()
+        print(f"wandb: WANDB_MODE={mode}" if mode else f"wandb: {'offline, ' + reason if reason else 'online'}")
+
+
+def open_model(
+    resolved: Resolved, findings: Findings
+) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
+    """The model's config and its tokenizer, each None where it cannot be had."""
+    model, recipe = resolved.model, resolved.recipe
+    path = model.model_name_or_path
+    try:
+        check_model_path(path, model.model_revision)
+    except RecipeError as error:
+        findings.fault(str(error))
+        return None, None
+    config = None
+    try:
+        config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        findings.fault(f"model {path}: its config cannot be read: {' '.join(str(error).split())}")
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
+    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe.chat_template_path, recipe.pad_token)
+    if config is not None and tokenizer is not None and len(tokenizer) > config.get_text_config().vocab_size:
+        findings.fault(
+            f"model {path}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}; an id beyond "
+            "it would fail; save a tokenizer that belongs to the model"
+        )
+    return config, tokenizer
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
+    """Select the rows as the run would, and show them; None where no task row can be read."""
+    recipe, args = resolved.recipe, resolved.training
+    if recipe.selection.score is not None and recipe.selection.score.signal == "reference_gap":
+        recipe.selection.score = None
+        findings.note("selection.score by reference_gap needs the weights: the rows below are before it")
+
+    def load(entry: DatasetEntry) -> Any:
+        return load_preferences([entry], args.seed, args.dataset_num_proc)
+
+    held_out = None
+    if entries := _readable(recipe.eval_datasets, load, findings):
+        held_out = findings.attempt(prepare_pairs, entries, recipe, args, tokenizer, evaluation=True)
+    entries = _readable(recipe.datasets, load, findings)
+    if not any(entry.role == "task" for entry in entries):
+        return None
+    train = findings.attempt(prepare_pairs, entries, recipe, args, tokenizer, held_out=held_out)
+    if train is None:
+        return None
+    if held_out is not None:
+        findings.attempt(refuse_overlap, train.audit.rows, held_out.dataset, args.dataset_num_proc)
+    show_selection(train, recipe.margin, args.beta)
+    if held_out is not None:
+        show_selection(held_out, recipe.margin, args.beta, "evaluation")
+    losses = first_losses(train.margins, recipe.margin, args.beta)
+    if recipe.margin.reference_free:
+        print("\nWithout a reference Δ is not 0 at the start, so no first loss is expected.")
+    else:
+        expected = losses[~train.is_buffer].mean()
+        shown = f"task {number(float(expected))}"
+        if train.is_buffer.any():
+            buffer = losses[train.is_buffer].mean()
+            expected += recipe.selection.replay.weight * buffer
+            shown += f", buffer {number(float(buffer))} x {recipe.selection.replay.weight:g}"
+        print(f"\nExpected loss at step 0: {number(float(expected))} ({shown}), as the mean over all rows")
+    if tokenizer is not None:
+        _show_pairs(train, tokenizer)
+        _show_lengths(dict(zip(("prompt", "chosen", "rejected"), token_lengths(train.dataset).T, strict=True)))
+    return train
+
+
+def _readable(
+    entries: list[DatasetEntry], load: Callable[[DatasetEntry], Any], findings: Findings
+) -> list[DatasetEntry]:
+    """The entries that can be loaded; what is wrong with each of the others is a fault of its own."""
+    return [entry for entry in entries if findings.attempt(load, entry) is not None]
+
+
+def _show_pairs(train: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
+    sources = np.asarray(train.dataset["source"])
+    for source in dict.fromkeys(sources.tolist()):
+        row = train.dataset[int(np.flatnonzero(sources == source)[0])]
+        print(f"\nThe first pair of {source} as the model sees it ({row['row_id']}, margin {row['margin']:g})")
+        for part in ("prompt", "chosen", "rejected"):
+            _show_text(part, tokenizer.decode(row[f"{part}_ids"]))
+
+
+def _show_text(part: str, text: str) -> None:
+    rest = len(text) - SHOWN_CHARACTERS
+    lines = text[:SHOWN_CHARACTERS].splitlines() or [""]
+    for line in lines + ([f"… and {rest:,} characters more"] if rest > 0 else []):
+        print(f"  {part:8} | {line}")
+
+
+def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
+    rows = [
+        [name, *(number(int(np.quantile(tokens, q, method="nearest"))) for q in (0.5, 0.95, 1))]
+        for name, tokens in lengths.items()
+    ]
+    print_table("Tokens", ["Part", "Median", "95 %", "Longest"], rows)
+
+
+def inspect_conversations(
+    resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
+) -> tuple[int, int | None]:
+    """Load an SFT stage's conversations and show them: how many there are, and the tokens of the longest."""
+    recipe, args = resolved.recipe, resolved.training
+
+    def load(entry: DatasetEntry) -> Dataset:
+        return load_conversations([entry], args.seed, args.dataset_num_proc)
+
+    for entry in recipe.eval_datasets:
+        findings.attempt(load, entry)
+    count, longest, table = 0, None, {}
+    for entry in recipe.datasets:
+        rows = findings.attempt(load, entry)
+        if rows is None:
+            continue
+        count += len(rows)
+        print(f"\n{entry.source or entry.path}: {len(rows):,} conversations")
+        if tokenizer is None:
+            continue
+        sample = rows.select(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int))
+        messages = list(lead_with(recipe.system_message, sample)["messages"])
+        tokens = render(tokenizer, messages, open_turn=False)
+        prompt = render(tokenizer, [messages[0][:-1]], open_turn=True)[0]
+        if tokens[0][: len(prompt)] != prompt:
+            findings.note(f"{entry.path}: the template renders a conversation otherwise than its prompt alone")
+        _show_text("prompt", tokenizer.decode(tokens[0][: len(prompt)]))
+        _show_text("answer", tokenizer.decode(tokens[0][len(prompt) :]))
+        lengths = np.array([len(ids) for ids in tokens])
+        table[f"{entry.source or entry.path}{f' (sample of {SAMPLE:,})' if len(rows) > SAMPLE else ''}"] = lengths
+        if args.max_length is not None:
+            cut = (lengths > args.max_length).mean()
+            print(f"  {cut:.1%} are longer than max_length {args.max_length} and are cut there")
+            lengths = np.minimum(lengths, args.max_length)
+        longest = max(longest or 0, int(lengths.max()))
+    if table:
+        _show_lengths(table)
+    return count, longest

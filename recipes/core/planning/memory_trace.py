@@ -1,0 +1,230 @@
+"""
+The trace of a micro-batch: the most bytes that its forward and backward hold at a time, without computing either.
+
+What autograd keeps, what the backward holds, and gradients before they are handed over are not a formula: the
+project's own forward, attention and head and autograd's backward run over tensors without storage (torch's
+FakeTensorMode), while every storage that comes and goes is counted. So frozen layers, LoRA, gradient checkpointing,
+shared prefixes and the head's tiles count as they are. Attention and head are those of the CPU; a GPU's kernels were
+not measured. memory.py has what stays between two micro-batches, and how the sum compares with what runs took.
+"""
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from trl import ModelConfig
+from trl.trainer.utils import add_fused_lm_head
+
+from core.modeling.head import AnswerLogProbs
+from core.modeling.parameters import count_parameters, lora_config, select_parameters
+from core.modeling.prefix import HEAD_OUTPUTS, PrefixSharedCollator, enable_prefix_sharing
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Shapes of a micro-batch: pairs that share their prompts, or rows padded to one length."""
+
+    pair_lengths: tuple[tuple[int, int, int], ...] = ()  # (k, n, m) of each pair
+    rows: int = 0  # padded: rows (two for a pair) …
+    length: int = 0  # … of this many tokens
+
+    @property
+    def tokens(self) -> int:
+        return sum(k + n + m - 1 for k, n, m in self.pair_lengths) or self.rows * self.length
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt with one of its answers."""
+        return max((k + max(n, m) for k, n, m in self.pair_lengths), default=self.length)
+
+
+class FakeModel:
+    """
+    The policy as the run would have it, without storage: parameters chosen, adapters added, attention and head set.
+
+    Args:
+        config: of the model.
+        model: the recipe's model settings.
+        patterns: the recipe's trainable_parameters.
+        dtype: of the weights.
+
+    Raises:
+        RecipeError: a pattern that matches no parameter.
+    """
+
+    def __init__(
+        self, config: PretrainedConfig, model: ModelConfig, patterns: list[str] | None, dtype: torch.dtype
+    ) -> None:
+        with torch.device("meta"):
+            self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
+            select_parameters(self.causal_lm, None if model.use_peft else patterns)
+            adapters = lora_config(model, patterns, self.causal_lm)
+            self.policy = self.causal_lm if adapters is None else get_peft_model(self.causal_lm, adapters)
+        self.trained, self.total = count_parameters(self.policy)
+        # On the meta device sdpa would keep all its weights, which no kernel that trains does.
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        _pretend_on_cpu(self.policy, self.mode)
+
+    def trace(
+        self,
+        batch: MicroBatch,
+        *,
+        checkpointing: dict[str, Any] | None,
+        gradients_kept: bool,
+        accumulates: bool,
+        autocast: torch.dtype | None,
+    ) -> int:
+        """
+        Most bytes alive during the forward and backward of a micro-batch, beyond weights and gradients.
+
+        Args:
+            batch: its shapes.
+            checkpointing: gradient_checkpointing_kwargs, or None without gradient checkpointing.
+            gradients_kept: gradients stay until the update; else (ZeRO) each is handed over once it is computed.
+            accumulates: gradients of an earlier micro-batch are there already.
+            autocast: what the forward computes in where the weights are wider.
+        """
+        weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        alive = LiveBytes(self.policy)
+        with self.mode, torch.device("cpu"):
+            self.policy.train()
+            if checkpointing is not None:
+                self.policy.activation_checkpointing_enable(checkpointing)
+                if hasattr(self.policy, "peft_config"):
+                    self.policy.enable_input_require_grads()
+            handles = []
+            if not gradients_kept:
+                handles = [weight.register_post_accumulate_grad_hook(_drop_gradient) for weight in weights]
+            with alive:
+                if gradients_kept and accumulates:
+                    for weight in weights:
+                        weight.grad = torch.empty_like(weight)
+                with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+                    log_probs = self._forward(batch)
+                log_probs.sum().backward()
+                del log_probs
+            for handle in handles:
+                handle.remove()
+            self.policy.zero_grad(set_to_none=True)
+        kept = sum(weight.numel() * weight.element_size() for weight in weights) if gradients_kept else 0
+        return max(0, alive.peak - kept)
+
+    def trace_proof(self, length: int) -> int:
+        """Most bytes alive while a row of this length is scored (`policy.verify_saved`), beyond the weights."""
+        alive = LiveBytes(self.policy)
+        with self.mode, torch.device("cpu"), torch.no_grad(), alive:
+            self.policy.eval()
+            logits = self.policy(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False).logits
+            logits[0, :-1].float().log_softmax(-1)
+        return alive.peak
+
+    def _forward(self, batch: MicroBatch) -> torch.Tensor:
+        """As `prefix.pair_logps` has it, but that which positions are scored must not depend on values."""
+        if not batch.pair_lengths:
+            add_fused_lm_head(self.causal_lm, outputs=HEAD_OUTPUTS)
+            ids, mask = _padded(batch)
+            outputs = self.policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False)
+            return outputs.log_probs
+        enable_prefix_sharing(self.causal_lm)
+        examples = [
+            {"prompt_ids": [0] * k, "chosen_ids": [0] * n, "rejected_ids": [0] * m} for k, n, m in batch.pair_lengths
+        ]
+        shapes = {key: value.shape for key, value in PrefixSharedCollator()(examples).items() if key != "pair_lengths"}
+        ids, positions = (torch.zeros(shapes[key], dtype=torch.long) for key in ("input_ids", "position_ids"))
+        hidden = self.causal_lm.base_model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=ids.new_empty((1, 1, 0, 0)),
+            pair_lengths=batch.pair_lengths,
+            packed=None,
+            use_cache=False,
+        ).last_hidden_state
+        head = self.causal_lm.get_output_embeddings()
+        scored = torch.zeros(sum(n + m for _, n, m in batch.pair_lengths), dtype=torch.long)
+        return AnswerLogProbs.apply(
+            hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, scored, True
+        )[0]
+
+
+def _padded(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids, and a mask in the form that transformers would build of it."""
+    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+    return ids, torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that are made under it, until they are freed; `peak` is the most bytes at a time."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        tensors = [*model.parameters(), *model.buffers()]
+        self.alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in tensors}  # not counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage())
+        return output
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+
+        def freed(_: Any) -> None:
+            self.now -= size
+            self.alive.pop(key, None)
+
+        self.alive[key] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _pretend_on_cpu(model: torch.nn.Module, mode: FakeTensorMode) -> None:
+    """Put tensors without storage, of the CPU for all that torch can see, in the place of those on the meta device."""
+    made: dict[int, torch.Tensor] = {}  # a tied weight stays one
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in made:
+                    with mode:
+                        fake = torch.empty_like(tensor, device="cpu")
+                    trained = isinstance(tensor, torch.nn.Parameter)
+                    made[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
+                if tensor is not None:
+                    tensors[name] = made[id(tensor)]
+
+
+def _drop_gradient(weight: torch.Tensor) -> None:
+    weight.grad = None
+
+
+def largest_micro_batch(pair_lengths: Sequence[tuple[int, int, int]], order: np.ndarray, shared: bool) -> MicroBatch:
+    """
+    The micro-batch with the most tokens of an epoch.
+
+    Args:
+        pair_lengths: (k, n, m) of each row.
+        order: row indices, shape (…, batch size), as `ReplaySampler.order` gives them.
+        shared: pairs share their prompts; else both answers are padded to the longest of all.
+    """
+    lengths = np.asarray(pair_lengths)
+    batches = order.reshape(-1, order.shape[-1])
+    k, n, m = lengths.T
+    if shared:
+        largest = batches[(k + n + m)[batches].sum(axis=1).argmax()]
+        return MicroBatch(tuple(map(tuple, lengths[largest].tolist())))
+    longest = (k + np.maximum(n, m))[batches].max()
+    return MicroBatch(rows=2 * batches.shape[1], length=int(longest))
