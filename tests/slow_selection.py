@@ -20,7 +20,7 @@ def select(rows, settings, seed, room=None, count=None, eval_prompts=None):
 
     Args:
         rows: a list of dicts; they are left as they are.
-        settings: `arguments.Selection`.
+        settings: `schema.Selection`.
         room: tokens that a prompt may have; `count` gives a prompt's tokens.
     """
     rows = [dict(row) for row in rows]

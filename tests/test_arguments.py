@@ -17,8 +17,8 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from transformers.training_args import OptimizerNames
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from core.config import combinations, entries, trl_keys
-from core.config.combinations import MARGIN_SETTINGS
+from core.config import checks, entries, trl_keys
+from core.config.checks import MARGIN_SETTINGS
 from core.config.parsing import parse, resolve, save_recipe, usage
 from core.config.reading import dump, load
 from core.config.validation import SECTIONS, _hints, _schema
@@ -400,7 +400,7 @@ def test_the_tables_agree_with_trl_on_defaults(kind, config):
 
 def test_names_written_out_are_those_of_the_rows():
     """Twice, so that a recipe is read without the libraries of the rows."""
-    assert combinations.PAIR_CLASSES == margins.PAIR_CLASSES
+    assert checks.PAIR_CLASSES == margins.PAIR_CLASSES
     assert tuple(preferences.FEATURES) == entries.ROW_COLUMNS
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import slow_selection
-from core.config.arguments import Hygiene, Quotas, Score, Selection
+from core.config.schema import Hygiene, Quotas, Score, Selection
 from core.runtime.errors import RecipeError
 from core.selection import buffer
 from core.selection.audit import written_whole

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from conftest import preference_rows
-from core.config.arguments import PreferenceRecipe, Selection
 from core.config.parsing import resolve, save_recipe
+from core.config.schema import PreferenceRecipe, Selection
 from core.config.trl_keys import MODEL, TRAINING
 from core.objective.presets import PRESETS, Link
 from core.reporting.card import FORMULAS, SETTINGS, SOURCES, markdown_table, training_table, write_card

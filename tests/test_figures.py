@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 
 from core.objective.presets import PAIR_CLASSES
 from core.reporting.figures import COLOURS, CURVES, draw_plots, plot_curves, plot_margin_histogram
-from core.training.pair_metrics import GROUPS
+from core.training.metrics import GROUPS
 
 RECORDS = [
     {"step": 0, "epoch": 0.0, "eval_loss": 5.0, "eval_safe_unsafe/loss": 6.0},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import slow_selection
 from conftest import FEATURES
-from core.config.arguments import Hygiene
+from core.config.schema import Hygiene
 from core.selection.hygiene import CODES, RULES, first_broken, read_facts
 from core.selection.prompts import Ngrams, TokenBound
 from core.selection.scanning import scan

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.config.arguments import LabelPolicy
+from core.config.schema import LabelPolicy
 from core.objective.losses import row_margin, shifted_margin_loss, target_sign
 from core.objective.presets import PRESETS, Margin
 

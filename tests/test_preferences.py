@@ -18,11 +18,11 @@ from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.config.arguments import Columns, DatasetEntry, Messages, Turns
 from core.config.parsing import resolve
+from core.config.schema import Columns, DatasetEntry, Messages, Turns
 from core.data import columns as column_module
 from core.data import conversations as flat
-from core.data import mapped_batches, preferences, sources
+from core.data import mapping, preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
 from core.runtime.errors import RecipeError
 
@@ -389,7 +389,7 @@ def test_no_module_knows_a_source_by_name():
     """Every difference between sources stands in YAML."""
     names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
     names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
-    for module in (preferences, mapped_batches, column_module, flat, sources):
+    for module in (preferences, mapping, column_module, flat, sources):
         text = Path(module.__file__).read_text().lower()
         assert not [name for name in names if name in text], module.__name__
 
@@ -438,7 +438,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     entry = DatasetEntry(path, fraction=0.5, columns=Columns(prompt="p", **PAIR))
     script = (
         "import datasets, sys; datasets.config.HF_DATASETS_CACHE = sys.argv[1]\n"
-        "from core.config.arguments import *; from core.data.preferences import load_preferences\n"
+        "from core.config.schema import *; from core.data.preferences import load_preferences\n"
         "columns = Columns(prompt='p', chosen='chosen', rejected='rejected')\n"
         "load_preferences([DatasetEntry(sys.argv[2], fraction=0.5, columns=columns)], 1)\n"
     )

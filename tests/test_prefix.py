@@ -24,7 +24,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from conftest import build_model
-from core.modeling import shared_attention
+from core.modeling import attention
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     SHARED_ARCHITECTURES,
@@ -297,9 +297,9 @@ def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, gr
             parts.append(one.transpose(0, 1))
         return torch.cat(parts)
 
-    monkeypatch.setattr(shared_attention, "varlen_attn", slow_varlen)
-    by_pairs = shared_attention._attend_pair_by_pair(query, key, value, 0.3, lengths)
-    packed = shared_attention._attend_packed(query, key, value, 0.3, shared_attention.packed_keys(lengths))
+    monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
+    by_pairs = attention._attend_pair_by_pair(query, key, value, 0.3, lengths)
+    packed = attention._attend_packed(query, key, value, 0.3, attention.packed_keys(lengths))
     for found in (by_pairs, packed):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         for grad, want in zip(torch.autograd.grad(found.square().sum(), (query, key, value)), wanted, strict=True):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from core.reporting.report import evaluation_table, group_table, margin_table, number, print_table, stage_table
+from core.reporting.tables import evaluation_table, group_table, margin_table, number, print_table, stage_table
 from core.runtime.errors import RecipeError
 from core.training.records import MetricsFile, evaluations, read_metrics, series
 

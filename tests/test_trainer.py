@@ -9,7 +9,7 @@ from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from conftest import build_model, preference_rows
-from core.config.arguments import Replay
+from core.config.schema import Replay
 from core.data.tokens import tokenize_rows
 from core.modeling.prefix import unsupported_reason
 from core.modeling.reference import ReferenceCache

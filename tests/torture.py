@@ -318,7 +318,7 @@ def main() -> None:
                 table += ROWS[name](work, options.count, random.Random(options.seed))
             except AssertionError as error:
                 table.append(Row(name, "", f"could not be tried: {error}", False))
-    from core.reporting.report import print_table
+    from core.reporting.tables import print_table
 
     lines = [[row.what, row.promised, row.found, "yes" if row.holds else "NO"] for row in table]
     print_table(f"After {time.monotonic() - begun:.0f} s", ["What", "Promised", "Found", "Holds"], lines)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from benchmark.paired_runs import SELECTIVE, Comparison, Run, loss_gap, token_bound
 from benchmark.selection_rate import SelectionRun
-from core.reporting.report import print_table
+from core.reporting.tables import print_table
 from core.runtime.environment import versions
 from core.training.throughput import GIB
 

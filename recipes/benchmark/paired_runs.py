@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import DPOConfig, DPOTrainer
 
 from benchmark.process_memory import PeakMemory, freed_memory_kept, freed_memory_returned
-from core.config.arguments import Replay
+from core.config.schema import Replay
 from core.data.tokens import token_lengths, with_system_message
 from core.modeling.parameters import select_parameters
 from core.modeling.policy import share_prefixes

@@ -15,7 +15,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from benchmark.generated import LENGTHS, Lengths, generate_pairs, train_tokenizer
 from benchmark.process_memory import PeakMemory
-from core.config.arguments import Hygiene, Quotas, Score, Selection
+from core.config.schema import Hygiene, Quotas, Score, Selection
 from core.data.preferences import FEATURES
 from core.data.tokens import render
 from core.selection.buffer import select_rows

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmark.generated import LENGTHS, SHAPES, random_model, train_tokenizer, write_pairs
 from benchmark.paired_runs import Workload
-from core.config.arguments import DatasetEntry
 from core.config.parsing import Resolved
+from core.config.schema import DatasetEntry
 from core.data.preferences import load_preferences
 from core.data.tokens import load_tokenizer, token_lengths
 from core.modeling.policy import load_model

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from core.reporting.card import write_card
-from core.reporting.report import print_table
+from core.reporting.tables import print_table
 from grammar import Request, judge, requests, split
 from prepare import answerer, write_rows
 

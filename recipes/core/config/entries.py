@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from core.config.arguments import DatasetEntry
+from core.config.schema import DatasetEntry
 from core.runtime.errors import RecipeError
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.config.arguments import SFTRecipe
-from core.config.combinations import (
+from core.config.checks import (
     Recipe,
     check_margin,
     check_selection,
@@ -22,6 +21,7 @@ from core.config.combinations import (
     fit_batch,
 )
 from core.config.reading import dump, read
+from core.config.schema import SFTRecipe
 from core.config.trl_keys import MODEL
 from core.config.validation import SECTIONS, Kind, section_of, validate
 from core.runtime.errors import RecipeError

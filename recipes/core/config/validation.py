@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pydantic
 
-from core.config.arguments import EvaluateRecipe, PreferenceRecipe, SFTRecipe
 from core.config.reading import Document, Keys, dotted
+from core.config.schema import EvaluateRecipe, PreferenceRecipe, SFTRecipe
 from core.config.trl_keys import KINDS, RENAMED
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean, show

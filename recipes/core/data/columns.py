@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from core.config.arguments import Columns, Messages
+from core.config.schema import Columns, Messages
 from core.data.conversations import Conversations, any_message, flags, from_messages, from_texts, from_transcripts
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean

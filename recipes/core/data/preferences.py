@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
-from core.config.arguments import Columns, DatasetEntry
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
+from core.config.schema import Columns, DatasetEntry
 from core.data.columns import MESSAGE, NULL, TEXT, check_columns, find
 from core.data.conversations import flags
-from core.data.mapped_batches import read_answers, read_batch, read_conversations, read_pairs
+from core.data.mapping import read_answers, read_batch, read_conversations, read_pairs
 from core.data.sources import draw_fraction, load_rows
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
@@ -46,7 +46,7 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = code_digest("data/preferences", "data/mapped_batches", "config/entries", "data/columns", "data/conversations")
+CODE = code_digest("data/preferences", "data/mapping", "config/entries", "data/columns", "data/conversations")
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:

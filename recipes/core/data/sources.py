@@ -16,8 +16,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session, httpx
 
-from core.config.arguments import DatasetEntry
 from core.config.entries import BUILDERS, files_of, place
+from core.config.schema import DatasetEntry
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean
 

@@ -21,8 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from core.modeling.attention import ATTENTION, packed_keys
 from core.modeling.head import add_answer_head
-from core.modeling.shared_attention import ATTENTION, packed_keys
 
 # Exactness against the padded form is tested for each of these, and is not claimed for any other.
 SHARED_ARCHITECTURES = ("gemma", "llama", "mistral", "phi3", "qwen2", "qwen3")

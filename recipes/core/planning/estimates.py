@@ -13,7 +13,7 @@ from core.planning.disk import Saved, bytes_there, check_disk, disk_needed
 from core.planning.findings import Findings
 from core.planning.memory import Part, Work, phases, states
 from core.planning.memory_trace import FakeModel, MicroBatch, largest_micro_batch
-from core.reporting.report import print_table
+from core.reporting.tables import print_table
 from core.runtime.launching import Launch
 from core.selection.pairs import Pairs
 from core.selection.replay import ReplaySampler

@@ -9,14 +9,14 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from core.config.arguments import DatasetEntry
 from core.config.parsing import Resolved
+from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
-from core.reporting.report import number, print_table
 from core.reporting.results import show_selection
+from core.reporting.tables import number, print_table
 from core.runtime.environment import check_model_path, hub_is_off, hub_is_reachable
 from core.runtime.errors import RecipeError
 from core.runtime.output_folder import claim_output_dir

@@ -15,7 +15,7 @@ from core.config.trl_keys import DEFAULTS
 from core.objective.losses import row_margin
 from core.objective.margins import class_table
 from core.objective.presets import Margin
-from core.reporting.report import Rows, evaluation_table, group_table, is_numeric, margin_table, number, stage_table
+from core.reporting.tables import Rows, evaluation_table, group_table, is_numeric, margin_table, number, stage_table
 from core.runtime.environment import versions
 from core.training.records import Record, evaluations, read_metrics, series
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from core.objective.presets import PAIR_CLASSES
-from core.reporting.report import group_name
-from core.training.pair_metrics import GROUPS
+from core.reporting.tables import group_name
+from core.training.metrics import GROUPS
 from core.training.records import Record, read_metrics, series
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; black is all pairs.

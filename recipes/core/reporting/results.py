@@ -12,7 +12,7 @@ from core.objective.margins import class_table
 from core.objective.presets import PAIR_CLASSES, Margin
 from core.reporting.card import write_card
 from core.reporting.figures import draw_plots, plot_margin_histogram
-from core.reporting.report import evaluation_table, margin_table, print_table, stage_table
+from core.reporting.tables import evaluation_table, margin_table, print_table, stage_table
 from core.selection.pairs import Pairs
 from core.training.records import evaluations, read_metrics
 from core.training.trainer import ConversationTrainer, ShiftedMarginTrainer

@@ -94,7 +94,7 @@ def read_launch(path: str, processes: int | None = None) -> Launch:
 def launch_faults(launch: Launch, training: dict[str, Any]) -> list[str]:
     """
     Shapes of cluster under which the run would fail, or would go on as another run without a word; each with the way
-    out. What the recipe says of the batch is `combinations.fit_batch`'s business.
+    out. What the recipe says of the batch is `checks.fit_batch`'s business.
     """
     faults, where = [], launch.path
     if launch.kind == "NO" and launch.processes > 1:

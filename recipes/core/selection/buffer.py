@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets
 from xxhash import xxh3_128_hexdigest
 
-from core.config.arguments import LabelPolicy, Quotas, Score, Selection
+from core.config.schema import LabelPolicy, Quotas, Score, Selection
 from core.objective.presets import PAIR_CLASSES
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError

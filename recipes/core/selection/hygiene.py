@@ -14,7 +14,7 @@ from rapidfuzz.distance import Indel
 from rapidfuzz.process import cpdist
 from xxhash import xxh3_64_intdigest
 
-from core.config.arguments import Hygiene
+from core.config.schema import Hygiene
 from core.selection.prompts import CountTokens, Ngrams, TokenBound, too_long
 
 Facts = dict[str, np.ndarray]

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from core.config.arguments import DatasetEntry, PreferenceRecipe, Selection
+from core.config.schema import DatasetEntry, PreferenceRecipe, Selection
 from core.data.preferences import load_preferences
 from core.data.tokens import end_token_notice, ids_digest, render, template_digest, tokenize_rows, with_system_message
 from core.objective.margins import margin_warnings, pair_classes, row_margins

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.config.arguments import DatasetEntry
 from core.config.parsing import Resolved, build, resolve, save_recipe
+from core.config.schema import DatasetEntry
 from core.config.validation import Kind
 from core.runtime.environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from core.runtime.errors import RecipeError

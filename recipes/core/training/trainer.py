@@ -17,8 +17,8 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from core.config.arguments import Replay
 from core.config.parsing import Resolved
+from core.config.schema import Replay
 from core.data.tokens import token_lengths
 from core.modeling.policy import load_model, open_cache, share_prefixes
 from core.modeling.prefix import (
@@ -35,7 +35,7 @@ from core.objective.margins import link_settings
 from core.objective.presets import Margin
 from core.selection.replay import EpochCallback, ReplaySampler
 from core.training.checkpoints import CompleteCheckpoints
-from core.training.pair_metrics import PairMetrics
+from core.training.metrics import PairMetrics
 from core.training.records import LogLine, MetricsFile
 from core.training.throughput import Throughput
 from core.training.tripwires import Tripwires, check_first_loss, draws_dropout

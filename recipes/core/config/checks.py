@@ -3,9 +3,9 @@
 import importlib.util
 from typing import Any
 
-from core.config.arguments import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
 from core.config.entries import check_conversations, check_preferences
 from core.config.reading import Document
+from core.config.schema import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
 from core.config.trl_keys import DEFAULTS
 from core.objective.presets import PRESETS, Margin
 from core.runtime.errors import RecipeError

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from core.runtime.ranks import rank
-from core.training.pair_metrics import GROUPS
+from core.training.metrics import GROUPS
 from core.training.records import Record
 
 Rows = list[list[str]]
@@ -26,7 +26,7 @@ def number(value: float | int | None, decimals: int = 4) -> str:
 
 
 def group_name(group: str) -> str:
-    """A group of `pair_metrics.GROUPS` in prose: "" is all, `safe_unsafe` is safe/unsafe."""
+    """A group of `metrics.GROUPS` in prose: "" is all, `safe_unsafe` is safe/unsafe."""
     return group.replace("_", "/") or "all"
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from core.config.arguments import Columns
 from core.config.entries import PAIRED
+from core.config.schema import Columns
 from core.data.columns import FLAGS, TEXT, Batch, join
 from core.data.conversations import Conversations, append, contains, equal, flags, split_last, to_lists
 
