@@ -15,14 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core.config.parsing import resolve
 from core.config.schema import Columns, DatasetEntry, Messages, Turns
-from core.data import columns as column_module
-from core.data import conversations as flat
-from core.data import mapping, preferences, sources
+from core.data import columns, mapping, preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
 from core.runtime.errors import RecipeError
 
@@ -389,7 +385,7 @@ def test_no_module_knows_a_source_by_name():
     """Every difference between sources stands in YAML."""
     names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
     names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
-    for module in (preferences, mapping, column_module, flat, sources):
+    for module in (preferences, mapping, columns, sources):
         text = Path(module.__file__).read_text().lower()
         assert not [name for name in names if name in text], module.__name__
 
@@ -449,7 +445,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise AssertionError("mapped again")
 
-    monkeypatch.setattr(preferences, "read_batch", unreachable)
+    monkeypatch.setattr(preferences, "map_batch", unreachable)
     rows, _ = load_preferences([entry], seed=1)
     assert len(rows) == 20
     with pytest.raises(AssertionError, match="mapped again"):
@@ -658,7 +654,7 @@ BAD_MAPPINGS = {
         [PLAIN], Columns(prompt="prompt", **PAIR, score_chosen="chosen", score_rejected="rejected"),
         "columns.score_chosen names 'chosen', which holds text, not a number",
     ),
-    "list of strings": ([{**PLAIN, "chosen": ["a"]}], TEXT, "'chosen', which holds a list of string, not text or"),
+    "list of strings": ([{**PLAIN, "chosen": ["a"]}], TEXT, "'chosen', which holds a list of str, not text or"),
     "extra of a taken name": ([PLAIN], Columns(prompt="prompt", **PAIR, extra=["prompt"]), "columns.extra .*'prompt'"),
     "ids that rows share": (
         [{**PLAIN, "id": 1}, {**PLAIN, "id": 1}], Columns(prompt="prompt", **PAIR, row_id="id"),
@@ -823,44 +819,3 @@ def test_bad_sft_mapping(name, tmp_path):
     columns, answer, message = SFT_ERRORS[name]
     with pytest.raises(RecipeError, match=message):
         learn(tmp_path, [PLAIN], columns=columns, answer=answer)
-
-
-# ----------------------------------------------------------------------------- flat conversations against plain lists
-MESSAGE_LISTS = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant"]), "content": st.sampled_from(["", "a", "b"])}
-    ),
-    max_size=3,
-)
-
-
-def read(lists: list[list[dict]]) -> flat.Conversations:
-    return flat.from_messages(pa.array(lists, flat.MESSAGES), Messages())
-
-
-@given(st.lists(st.tuples(MESSAGE_LISTS, MESSAGE_LISTS, st.sampled_from(["", "a", "b"])), max_size=6))
-def test_flat_conversations_do_what_lists_do(rows):
-    left, right, texts = [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
-    flat_left, flat_texts = read(left), pa.array(texts, pa.string())
-    assert flat.to_lists(flat_left).to_pylist() == left
-    assert flat.equal(flat_left, read(right)).tolist() == [a == b for a, b, _ in rows]
-    wanted = [any(message["content"] == text for message in a) for a, _, text in rows]
-    assert flat.contains(flat_left, flat_texts).tolist() == wanted
-    assert flat.to_lists(flat.append(flat_left, flat_texts)).to_pylist() == [[*a, assistant(t)] for a, _, t in rows]
-    head, roles, contents = flat.split_last(flat_left)
-    assert flat.to_lists(head).to_pylist() == [a[:-1] for a in left]
-    assert roles.to_pylist() == [a[-1]["role"] if a else None for a in left]
-    assert contents.to_pylist() == [a[-1]["content"] if a else None for a in left]
-
-
-def test_prompts_that_differ_in_a_role_alone_are_not_equal():
-    left, right = read([[user("a"), user("b")], [user("a")]]), read([[user("a"), assistant("b")], [user("a")]])
-    assert flat.equal(left, right).tolist() == [False, True]
-
-
-def test_a_slice_of_a_column_reads_its_own_messages():
-    """Arrow's slices share their messages with the column; a null and an empty list hold none."""
-    column = pa.array([[user("a")], None, [], [user("b"), assistant("c")], [user("d")]], flat.MESSAGES)
-    conversations = flat.from_messages(column.slice(1, 3), Messages())
-    assert conversations.lengths.tolist() == [0, 0, 2]
-    assert conversations.contents.to_pylist() == ["b", "c"]
