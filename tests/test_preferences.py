@@ -475,6 +475,8 @@ def test_batches_and_processes_make_no_difference(tmp_path, monkeypatch):
 PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
 TEXT = Columns(prompt="prompt", **PAIR)
 CHAT = Columns(**PAIR)
+SCORED = {**PLAIN, "w": 1.0, "l": 2.0}
+SCORES = Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l")
 TWO = {"prompt": "q", "a": "A", "b": "B", "n": 0, "s": 1}
 HH = Columns(**PAIR, turns=Turns("\n\nHuman: ", "\n\nAssistant: "))
 
@@ -483,10 +485,10 @@ def two(**more) -> Columns:
     return Columns(prompt="prompt", responses=["a", "b"], **more)
 
 
+SEVERE = two(better="n", severity=["s", "n"])
 # name: (rows of which the second is bad, mapping, words of the message)
 BAD_ROWS = {
     "null answer": ([PLAIN, {**PLAIN, "chosen": None}], TEXT, "`chosen` is null: row 1; mend .*bad_rows: drop"),
-    "null answer in messages": ([GOOD, {**GOOD, "rejected": None}], CHAT, "`rejected` is null: row 1"),
     "null prompt": ([PLAIN, {**PLAIN, "prompt": None}], TEXT, "`prompt` is null: row 1"),
     "message without text": (
         [GOOD, {**GOOD, "rejected": [user("q"), assistant(None)]}], CHAT,
@@ -503,22 +505,10 @@ BAD_ROWS = {
     "conversational rows after string ones": (
         [PLAIN, {"prompt": "q", **GOOD}], TEXT, "rows of mixed layouts: `chosen` holds a list of messages .*: row 1",
     ),
-    "NaN score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": float("nan")}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
-    ),
-    "infinite score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": float("inf"), "l": 1.0}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`w` is not a finite number: row 1",
-    ),
-    "null score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": None}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
-    ),
-    "text for a score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": "high"}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` holds text .*: row 1",
-    ),
+    "NaN score": ([SCORED, {**SCORED, "l": float("nan")}], SCORES, "`l` is not a finite number: row 1"),
+    "infinite score": ([SCORED, {**SCORED, "w": float("inf")}], SCORES, "`w` is not a finite number: row 1"),
+    "null score": ([SCORED, {**SCORED, "l": None}], SCORES, "`l` is not a finite number: row 1"),
+    "text for a score": ([SCORED, {**SCORED, "l": "high"}], SCORES, "`l` holds text .*: row 1"),
     "NaN in an extra column": (
         [{**PLAIN, "x": 1.0}, {**PLAIN, "x": float("nan")}], Columns(prompt="prompt", **PAIR, extra=["x"]),
         "`x` is not a finite number: row 1",
@@ -529,11 +519,6 @@ BAD_ROWS = {
     ),
     "prompts that differ": (
         [GOOD, {**GOOD, "chosen": [user("other"), assistant("good")]}], CHAT,
-        "`chosen` and `rejected` have different prompts: row 1",
-    ),
-    "transcripts whose prompts differ": (
-        [dict.fromkeys(PAIR, "\n\nHuman: q\n\nAssistant: a"),
-         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: a"}], HH,
         "`chosen` and `rejected` have different prompts: row 1",
     ),
     "prompt column that contradicts the conversation": (
@@ -555,13 +540,12 @@ BAD_ROWS = {
     "better of 2": ([TWO, {**TWO, "n": 2}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "better of null": ([TWO, {**TWO, "n": None}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "preference of null": ([TWO, {**TWO, "n": None}], two(preference="n"), "`n` is not a finite number: row 1"),
-    "severity of 4": (
-        [TWO, {**TWO, "s": 4}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
-    ),
-    "severity of 1.5": (
-        [TWO, {**TWO, "s": 1.5}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
-    ),
+    "severity of 4": ([TWO, {**TWO, "s": 4}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
+    "severity of 1.5": ([TWO, {**TWO, "s": 1.5}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
     "safety label of 2": ([TWO, {**TWO, "s": 2}], two(better="n", safe=["s", "n"]), "`s` is none of 0, 1: row 1"),
+    "several faults, of which the first is told": (
+        [TWO, {**TWO, "a": None, "n": 2, "s": 4}], SEVERE, "`a` is null: row 1",
+    ),
     "null id": ([{**PLAIN, "id": "x"}, {**PLAIN, "id": None}], Columns(prompt="prompt", **PAIR, row_id="id"),
                 "`id` is null: row 1"),
 }  # fmt: skip

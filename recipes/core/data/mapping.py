@@ -33,7 +33,7 @@ def map_batch(
     numbers: np.ndarray,
     columns: Columns,
     found: dict[str, Found],
-    source: str,
+    constants: dict[str, str],
     features: Features,
 ) -> pa.Table:
     """
@@ -45,17 +45,19 @@ def map_batch(
         read: one of the functions below.
         numbers: the rows' numbers in their source, by position. Shape: (rows,).
         found: the columns that the mapping names, by the name.
+        constants: what is the same in all rows: `source` and `role`.
         features: of the rows that come out.
     """
-    mapped = []
-    for number, values in zip(numbers[positions].tolist(), zip(*batch.values(), strict=True), strict=True):
-        row = Row(dict(zip(batch, values, strict=True)), columns, found)
-        row_id = "null"
+    source, mapped = constants["source"], []
+    for number, cells in zip(numbers[positions].tolist(), zip(*batch.values(), strict=True), strict=True):
+        row = Row(dict(zip(batch, cells, strict=True)), columns, found)
+        values = {"row_id": f"{source}:null"}
         try:
-            row_id = row.row_id(number)
-            mapped.append(read(row) | {"row_id": f"{source}:{row_id}"})
+            values["row_id"] = f"{source}:{row.row_id(number)}"
+            values |= read(row) | constants
         except BadRow as bad:
-            mapped.append({"row_id": f"{source}:{row_id}", "fault": str(bad)})
+            values["fault"] = str(bad)
+        mapped.append(values)
     return pa.Table.from_pylist(mapped, schema=features.arrow_schema)
 
 
@@ -188,8 +190,8 @@ READERS = {
 }
 
 
-def read_pair(row: Row, source: str, role: str, extra: list[str]) -> dict:
-    """The columns of `preferences.FEATURES` but `row_id`, and the `extra` ones."""
+def read_pair(row: Row) -> dict:
+    """The columns of `preferences.FEATURES` that differ from row to row, and the `extra` ones."""
     columns = row.columns
     first, second = columns.responses or (columns.chosen, columns.rejected)
     (head, first_answer), (other_head, second_answer) = row.split_answer(first), row.split_answer(second)
@@ -205,7 +207,7 @@ def read_pair(row: Row, source: str, role: str, extra: list[str]) -> dict:
         swap, tie = preference > 0, preference == 0
 
     chosen, rejected = _in_order([first_answer, second_answer], swap)
-    values = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "source": source, "role": role}
+    values = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     for both, *keys in PAIRED:
         names = getattr(columns, both)
         sides = names or [getattr(columns, key) for key in keys]
@@ -213,16 +215,16 @@ def read_pair(row: Row, source: str, role: str, extra: list[str]) -> dict:
         values |= zip(keys, _in_order(pair, swap) if names else pair, strict=True)
     values["tie"] = tie or (values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"])
     values["category"] = row.category()
-    return values | {name: row.score(name) for name in extra if name in columns.extra}
+    return values | {name: row.score(name) for name in columns.extra}
 
 
 def _in_order(pair: list, swap: bool) -> list:
     return pair[::-1] if swap else pair
 
 
-def read_answer(row: Row, answer: str, **settings) -> dict:
+def read_answer(row: Row, answer: str) -> dict:
     """The prompt and one answer of a pair, as the conversation `messages`."""
-    pair = read_pair(row, **settings)
+    pair = read_pair(row)
     rejected = answer == "rejected" or (answer == "safer" and _rejected_is_safer(pair))
     text = pair["rejected" if rejected else "chosen"]
     if not text.strip():

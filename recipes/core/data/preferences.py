@@ -1,6 +1,5 @@
 """Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -8,15 +7,13 @@ from functools import partial
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
 from core.config.schema import DatasetEntry
 from core.data.columns import check_columns
-from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
+from core.data.mapping import Row, map_batch, read_answer, read_conversation, read_pair
 from core.data.sources import draw_fraction, load_rows
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
@@ -68,8 +65,7 @@ def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | Non
     features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
     parts, bad = [], []
     for entry, source in zip(entries, source_names(entries), strict=True):
-        settings = {"source": source, "role": entry.role, "extra": extra}
-        rows, dropped = _map(entry, source, seed, num_proc, read_pair, settings, features)
+        rows, dropped = _map(entry, source, seed, num_proc, read_pair, features)
         parts.append(rows)
         bad += dropped
     return datasets.concatenate_datasets(parts), bad
@@ -87,13 +83,11 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
     check_conversations(entries)
     parts = []
     for entry, source in zip(entries, source_names(entries), strict=True):
-        if entry.columns.conversation is not None:
-            read, settings = read_conversation, {}
-        else:
+        read = read_conversation
+        if entry.columns.conversation is None:
             entry = with_answer(entry)
-            read = read_answer
-            settings = {"answer": entry.answer, "source": source, "role": entry.role, "extra": []}
-        rows, bad = _map(entry, source, seed, num_proc, read, settings, Features({"messages": MESSAGES}))
+            read = partial(read_answer, answer=entry.answer)
+        rows, bad = _map(entry, source, seed, num_proc, read, Features({"messages": MESSAGES}))
         for reason, count in Counter(row["reason"] for row in bad).items():
             logging.getLogger(__name__).warning("%s: %d rows dropped: %s", place(entry), count, reason)
         parts.append(rows.select_columns("messages"))
@@ -105,8 +99,7 @@ def _map(
     source: str,
     seed: int,
     num_proc: int | None,
-    read: Callable[..., dict],
-    settings: dict,
+    read: Callable[[Row], dict],
     features: Features,
 ) -> tuple[Dataset, BadRows]:
     """An entry's rows through `read`, cached on disk; bad rows are refused, or dropped and listed."""
@@ -121,6 +114,7 @@ def _map(
         rows = rows.select(numbers)
     rows = rows.select_columns(sorted({column.path[0] for column in found.values()}))
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
+    settings = {"columns": columns, "found": found, "constants": {"source": source, "role": entry.role}}
     features = Features({**features, "row_id": Value("string"), "fault": Value("string")})
     mapped = rows.map(
         map_batch,
@@ -128,23 +122,14 @@ def _map(
         with_indices=True,
         remove_columns=rows.column_names,
         features=features,
-        fn_kwargs={
-            "read": partial(read, **settings),
-            "numbers": numbers,
-            "columns": columns,
-            "found": found,
-            "source": source,
-            "features": features,
-        },
+        fn_kwargs=settings | {"read": read, "numbers": numbers, "features": features},
         num_proc=workers if workers > 1 else None,
-        # What is read decides, not how Python happens to pickle it.
-        new_fingerprint=Hasher.hash(
-            [rows._fingerprint, CODE, read.__name__, settings, source, dataclasses.asdict(columns), found]
-        ),
+        # What the rows are made of decides, not how Python happens to pickle it.
+        new_fingerprint=Hasher.hash([rows._fingerprint, CODE, list(features), entry.answer, settings]),
         desc=f"rows of {source}",
     )
     if columns.row_id is not None:
-        _check_row_ids(mapped.data.column("row_id"), columns.row_id, where)
+        _check_row_ids(mapped["row_id"][:], columns.row_id, where)
     is_bad = np.array(mapped.data.column("fault").is_valid())
     mapped, bad = mapped.remove_columns("fault"), mapped.select(np.flatnonzero(is_bad))
     if not len(bad):
@@ -155,11 +140,10 @@ def _map(
     return mapped.select(np.flatnonzero(~is_bad)), dropped
 
 
-def _check_row_ids(ids: pa.ChunkedArray, name: str, where: str) -> None:
-    counts = pc.value_counts(ids.drop_null())
-    shared = counts.filter(pc.greater(pc.struct_field(counts, [1]), 1))
-    if len(shared):
-        examples = ", ".join(shared.field(0)[:ROWS_NAMED].to_pylist())
+def _check_row_ids(ids: list[str], name: str, where: str) -> None:
+    shared = [row_id for row_id, count in Counter(ids).items() if count > 1]
+    if shared:
+        examples = ", ".join(shared[:ROWS_NAMED])
         raise RecipeError(
             f"{where}: columns.row_id names {name!r}, but several rows share an id ({examples}); name a column of "
             "unique ids, or remove columns.row_id to number the rows"
