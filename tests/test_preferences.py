@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from core.config.parsing import resolve
 from core.config.schema import Columns, DatasetEntry, Messages, Turns
-from core.data import columns, mapping, preferences, sources
+from core.data import preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
 from core.runtime.errors import RecipeError
 
@@ -294,6 +294,14 @@ OTHERS = {
         [GOOD, {**GOOD, "chosen": [{**user("q"), "name": 3}, assistant("good")]}],
         [row(prompt=[user("q")], chosen="good", rejected="bad")] * 2,
     ),
+    "texts and flags as a category, with nulls before and among them": (
+        Columns(prompt="p", **PAIR, category=["x.kind", "flags"]),
+        [
+            {"p": "q", "chosen": "a", "rejected": "b", "x": x, "flags": flags}
+            for x, flags in ((None, None), ({"kind": "k"}, {"A": None, "B": True}), ({"kind": None}, {"A": None}))
+        ],
+        [row(prompt=[user("q")], chosen="a", rejected="b", category=category) for category in (None, "k, B", None)],
+    ),
 }  # fmt: skip
 
 
@@ -315,6 +323,13 @@ def test_ids_source_and_extra_columns(tmp_path):
     assert rows["row_id"][:] == ["one:a", "one:b", "f.jsonl:0", "f.jsonl:1"]
     assert rows["source"][:] == ["one", "one", "f.jsonl", "f.jsonl"]
     assert rows["length"][:] == [3.0, 4.0, None, None]
+
+
+def test_numbers_as_ids(tmp_path):
+    """Whole numbers in a column that has become one of floats are written as whole numbers."""
+    path = write(tmp_path / "f.jsonl", [{**GOOD, "id": 3}, {**GOOD, "id": 4.5}])
+    rows, _ = load_preferences([DatasetEntry(path, columns=Columns(**PAIR, row_id="id"))], seed=0)
+    assert rows["row_id"][:] == ["f.jsonl:3", "f.jsonl:4.5"]
 
 
 def test_kinds_of_file(tmp_path):
@@ -385,9 +400,11 @@ def test_no_module_knows_a_source_by_name():
     """Every difference between sources stands in YAML."""
     names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
     names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
-    for module in (preferences, mapping, columns, sources):
-        text = Path(module.__file__).read_text().lower()
-        assert not [name for name in names if name in text], module.__name__
+    modules = list((ROOT / "recipes/core/data").glob("*.py"))
+    assert len(modules) >= 5
+    for module in modules:
+        text = module.read_text().lower()
+        assert not [name for name in names if name in text], module
 
 
 # ------------------------------------------------------------------------------------------------- fraction and cache
@@ -582,9 +599,12 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 
 def test_a_source_of_bad_rows_alone_is_refused(tmp_path):
-    entry = DatasetEntry(write(tmp_path / "f.jsonl", [{**PLAIN, "chosen": None}]), columns=TEXT, bad_rows="drop")
-    with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
-        load_preferences([entry], seed=0)
+    """Also where every content is a list of parts, which Arrow would store as such."""
+    parts = [user("q"), {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+    for columns, bad_row in ((TEXT, {**PLAIN, "chosen": None}), (CHAT, dict.fromkeys(PAIR, parts))):
+        entry = DatasetEntry(write(tmp_path / "f.jsonl", [bad_row]), columns=columns, bad_rows="drop")
+        with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
+            load_preferences([entry], seed=0)
 
 
 # name: (rows, mapping, words of the message)

@@ -1,7 +1,12 @@
-"""What the columns of a source hold, checked against the recipe's mapping before any row is mapped."""
+"""
+What the columns of a source hold: checked against the recipe's mapping before any row is mapped, then read row by row.
+A value that is of no use is raised as `BadRow`, so that a row's first fault is the one that is told.
+"""
 
+import math
 from typing import NamedTuple
 
+import pyarrow as pa
 from datasets import Dataset
 
 from core.config.schema import Columns, Messages
@@ -121,3 +126,73 @@ def _kind(value: object, messages: Messages) -> str:
     if is_list and items:
         return f"a list of {type(items[0]).__name__}"
     return KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+class BadRow(Exception):
+    """What is wrong with a row, in the words of the message that names it."""
+
+
+class Row:
+    """A row of a source, read by the names of its columns. Every method raises BadRow where a value is of no use."""
+
+    def __init__(self, values: dict, columns: Columns, found: dict[str, Found]) -> None:
+        self.values, self.columns, self.found = values, columns, found
+
+    def value(self, name: str) -> object:
+        """The value of a column; null as None."""
+        path, kind = self.found[name]
+        value = value_at(self.values, path)
+        if value is not None and kind != FLAGS and KINDS[type(value)] != kind:
+            raise BadRow(
+                f"rows of mixed layouts: `{name}` holds {KINDS[type(value)]} where the first row holds {kind} "
+                "(give each layout a file and an entry of its own)"
+            )
+        return value
+
+    def row_id(self, number: int) -> str:
+        """What the id column says, or the row's number in its source."""
+        name = self.columns.row_id
+        if name is None:
+            return str(number)
+        value = self.value(name)
+        if value is None:
+            raise BadRow(f"`{name}` is null")
+        # A column of whole numbers and nulls may have become one of floats: Arrow writes 3.0 as 3.
+        return pa.scalar(value).cast(pa.string()).as_py() if isinstance(value, float) else str(value)
+
+    def score(self, name: str) -> float:
+        """A finite number. A null is a fault: JSON has no NaN, and some readers make it null."""
+        value = self.value(name)
+        if value is None or not math.isfinite(value):
+            raise BadRow(f"`{name}` is not a finite number")
+        return float(value)
+
+    def choice(self, name: str) -> bool:
+        """Which of two answers a column names, as whether it is the second."""
+        value = self.value(name)
+        if value not in (0, 1):
+            raise BadRow(f"`{name}` is neither 0 nor 1")
+        return value == 1
+
+    def label(self, name: str, allowed: tuple) -> bool | int | None:
+        """The one of the allowed labels that a value equals; None where a row has none."""
+        value = self.value(name)
+        if value is None:
+            return None
+        if value not in allowed:
+            raise BadRow(f"`{name}` is none of {', '.join(str(int(label)) for label in allowed)}")
+        return allowed[allowed.index(value)]
+
+    def category(self) -> str | None:
+        """The texts and the names of the true flags, joined by commas; None where there are none."""
+        names = self.columns.category
+        names = [names] if isinstance(names, str) else names or []
+        texts, flags = [], {}
+        for name in names:
+            value = self.value(name)
+            if self.found[name].kind == FLAGS:
+                flags |= {flag: flags.get(flag) or is_true for flag, is_true in (value or {}).items()}
+            elif value is not None:
+                texts.append(value)
+        texts += [flag for flag, is_true in flags.items() if is_true]
+        return ", ".join(texts) if texts else None

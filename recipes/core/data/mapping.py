@@ -1,10 +1,8 @@
 """
 A source's rows through the recipe's mapping, one plain dict after another: preference pairs, the one answer of a pair
-that is learned, or whole conversations. What a row lacks is raised as `BadRow`, so that its first fault is the one
-that is told.
+that is learned, or whole conversations.
 """
 
-import math
 import re
 from collections.abc import Callable
 from functools import cache
@@ -14,16 +12,12 @@ import pyarrow as pa
 from datasets import Features
 
 from core.config.entries import PAIRED
-from core.config.schema import Columns, Turns
-from core.data.columns import FLAGS, KINDS, MESSAGES, TEXT, Found, value_at
+from core.config.schema import Columns, Messages, Turns
+from core.data.columns import MESSAGES, TEXT, BadRow, Found, Row
 
 ROLES = ("system", "user", "assistant")
 
 Message = dict[str, str]  # {role, content}
-
-
-class BadRow(Exception):
-    """What is wrong with a row, in the words of the message that names it."""
 
 
 def map_batch(
@@ -61,127 +55,6 @@ def map_batch(
     return pa.Table.from_pylist(mapped, schema=features.arrow_schema)
 
 
-class Row:
-    """A row of a source, read by the names of its columns. Every method raises BadRow where a value is of no use."""
-
-    def __init__(self, values: dict, columns: Columns, found: dict[str, Found]) -> None:
-        self.values, self.columns, self.found = values, columns, found
-
-    def value(self, name: str) -> object:
-        """The value of a column; null as None."""
-        path, kind = self.found[name]
-        value = value_at(self.values, path)
-        if value is not None and kind != FLAGS and KINDS[type(value)] != kind:
-            raise BadRow(
-                f"rows of mixed layouts: `{name}` holds {KINDS[type(value)]} where the first row holds {kind} "
-                "(give each layout a file and an entry of its own)"
-            )
-        return value
-
-    def row_id(self, number: int) -> str:
-        """What the id column says, or the row's number in its source."""
-        name = self.columns.row_id
-        if name is None:
-            return str(number)
-        value = self.value(name)
-        if value is None:
-            raise BadRow(f"`{name}` is null")
-        # A column of whole numbers and nulls may have become one of floats: Arrow writes 3.0 as 3.
-        return pa.scalar(value).cast(pa.string()).as_py() if isinstance(value, float) else str(value)
-
-    def score(self, name: str) -> float:
-        """A finite number. A null is a fault: JSON has no NaN, and some readers make it null."""
-        value = self.value(name)
-        if value is None or not math.isfinite(value):
-            raise BadRow(f"`{name}` is not a finite number")
-        return float(value)
-
-    def choice(self, name: str) -> bool:
-        """Which of two answers a column names, as whether it is the second."""
-        value = self.value(name)
-        if value not in (0, 1):
-            raise BadRow(f"`{name}` is neither 0 nor 1")
-        return value == 1
-
-    def label(self, name: str, allowed: tuple) -> bool | int | None:
-        """The one of the allowed labels that a value equals; None where a row has none."""
-        value = self.value(name)
-        if value is None:
-            return None
-        if value not in allowed:
-            raise BadRow(f"`{name}` is none of {', '.join(str(int(label)) for label in allowed)}")
-        return allowed[allowed.index(value)]
-
-    def category(self) -> str | None:
-        """The texts and the names of the true flags, joined by commas; None where there are none."""
-        names = self.columns.category
-        names = [names] if isinstance(names, str) else names or []
-        texts, flags = [], {}
-        for name in names:
-            value = self.value(name)
-            if self.found[name].kind == FLAGS:
-                flags |= {flag: flags.get(flag) or is_true for flag, is_true in (value or {}).items()}
-            elif value is not None:
-                texts.append(value)
-        texts += [flag for flag, is_true in flags.items() if is_true]
-        return ", ".join(texts) if texts else None
-
-    def conversation(self, name: str, role: str) -> list[Message]:
-        """A column of text (one message of `role`, or a transcript), of messages or of lists of messages."""
-        value, kind, turns = self.value(name), self.found[name].kind, self.columns.turns
-        if value is None:
-            raise BadRow(f"`{name}` is null")
-        if kind == TEXT and not turns:
-            return [{"role": role, "content": value}]
-        if kind == TEXT:
-            preamble, messages = cut_transcript(value, turns)
-            if preamble:
-                raise BadRow(f"`{name}` does not begin with a marker of columns.turns")
-        else:
-            messages = [self._message(message) for message in (value if kind == MESSAGES else [value])]
-        if not messages:
-            raise BadRow(f"`{name}` holds no message")
-        for message in messages:
-            if message["role"] not in ROLES:
-                raise BadRow(
-                    f"`{name}` has a message of the role {message['role']!r}, none of {', '.join(ROLES)} (map it with "
-                    "columns.messages.roles)"
-                )
-        if not all(isinstance(message["content"], str) for message in messages):
-            raise BadRow(f"`{name}` has a message without text")
-        return messages
-
-    def _message(self, message: object) -> dict:
-        """A message under our names, with the source's role turned into ours; what else it holds is left out."""
-        spec = self.columns.messages
-        fields = message if isinstance(message, dict) else {}
-        role = fields.get(spec.role)
-        return {"role": spec.roles.get(str(role), role), "content": fields.get(spec.content)}
-
-    def split_answer(self, name: str) -> tuple[list[Message], str]:
-        """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
-        *head, last = self.conversation(name, "assistant")
-        if last["role"] != "assistant":
-            raise BadRow(f"`{name}` does not end in a message of the assistant")
-        return head, last["content"]
-
-    def prompt(self, head: list[Message], answer_name: str) -> list[Message]:
-        """The prompt that a column names, or what comes before the answer; where both exist they must agree."""
-        name = self.columns.prompt
-        if name is None:
-            if not head:
-                raise BadRow(f"`{answer_name}` has no prompt before its answer")
-            return head
-        prompt = self.conversation(name, "user")
-        if self.found[name].kind == TEXT and not self.columns.turns:
-            agree = prompt[0]["content"] in [message["content"] for message in head]
-        else:
-            agree = prompt == head
-        if head and not agree:
-            raise BadRow(f"`{name}` is not the prompt that `{answer_name}` begins with")
-        return head or prompt
-
-
 # How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
 READERS = {
     "safe": lambda row, name: row.label(name, (False, True)),
@@ -194,10 +67,10 @@ def read_pair(row: Row) -> dict:
     """The columns of `preferences.FEATURES` that differ from row to row, and the `extra` ones."""
     columns = row.columns
     first, second = columns.responses or (columns.chosen, columns.rejected)
-    (head, first_answer), (other_head, second_answer) = row.split_answer(first), row.split_answer(second)
+    (head, first_answer), (other_head, second_answer) = _split_answer(row, first), _split_answer(row, second)
     if head != other_head:
         raise BadRow(f"`{first}` and `{second}` have different prompts")
-    prompt = row.prompt(head, first)
+    prompt = _prompt(row, head, first)
 
     swap = tie = False
     if columns.better is not None:
@@ -246,13 +119,71 @@ def _rejected_is_safer(pair: dict) -> bool:
 def read_conversation(row: Row) -> dict:
     """A whole conversation, as `messages`."""
     name = row.columns.conversation
-    head, answer = row.split_answer(name)
+    head, answer = _split_answer(row, name)
     if not answer.strip():
         raise BadRow(f"`{name}` ends in an empty answer")
     return {"messages": [*head, {"role": "assistant", "content": answer}]}
 
 
-def cut_transcript(text: str, turns: Turns) -> tuple[str, list[Message]]:
+def _conversation(row: Row, name: str, role: str) -> list[Message]:
+    """A column of text (one message of `role`, or a transcript), of messages or of lists of messages."""
+    value, kind, turns = row.value(name), row.found[name].kind, row.columns.turns
+    if value is None:
+        raise BadRow(f"`{name}` is null")
+    if kind == TEXT and not turns:
+        return [{"role": role, "content": value}]
+    if kind == TEXT:
+        preamble, messages = _cut_transcript(value, turns)
+        if preamble:
+            raise BadRow(f"`{name}` does not begin with a marker of columns.turns")
+    else:
+        messages = [_message(message, row.columns.messages) for message in (value if kind == MESSAGES else [value])]
+    if not messages:
+        raise BadRow(f"`{name}` holds no message")
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise BadRow(
+                f"`{name}` has a message of the role {message['role']!r}, none of {', '.join(ROLES)} (map it with "
+                "columns.messages.roles)"
+            )
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise BadRow(f"`{name}` has a message without text")
+    return messages
+
+
+def _message(message: object, spec: Messages) -> dict:
+    """A message under our names, with the source's role turned into ours; what else it holds is left out."""
+    fields = message if isinstance(message, dict) else {}
+    role = fields.get(spec.role)
+    return {"role": spec.roles.get(str(role), role), "content": fields.get(spec.content)}
+
+
+def _split_answer(row: Row, name: str) -> tuple[list[Message], str]:
+    """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
+    *head, last = _conversation(row, name, "assistant")
+    if last["role"] != "assistant":
+        raise BadRow(f"`{name}` does not end in a message of the assistant")
+    return head, last["content"]
+
+
+def _prompt(row: Row, head: list[Message], answer_name: str) -> list[Message]:
+    """The prompt that a column names, or what comes before the answer; where both exist they must agree."""
+    name = row.columns.prompt
+    if name is None:
+        if not head:
+            raise BadRow(f"`{answer_name}` has no prompt before its answer")
+        return head
+    prompt = _conversation(row, name, "user")
+    if row.found[name].kind == TEXT and not row.columns.turns:
+        agree = prompt[0]["content"] in [message["content"] for message in head]
+    else:
+        agree = prompt == head
+    if head and not agree:
+        raise BadRow(f"`{name}` is not the prompt that `{answer_name}` begins with")
+    return head or prompt
+
+
+def _cut_transcript(text: str, turns: Turns) -> tuple[str, list[Message]]:
     """
     A plain-text transcript, cut at its markers. White space around a turn belongs to the markers, not to the turn.
 

@@ -12,8 +12,8 @@ from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
 from core.config.schema import DatasetEntry
-from core.data.columns import check_columns
-from core.data.mapping import Row, map_batch, read_answer, read_conversation, read_pair
+from core.data.columns import Row, check_columns
+from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
 from core.data.sources import draw_fraction, load_rows
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
