@@ -563,6 +563,14 @@ BAD_ROWS = {
     "several faults, of which the first is told": (
         [TWO, {**TWO, "a": None, "n": 2, "s": 4}], SEVERE, "`a` is null: row 1",
     ),
+    "text among flags": (
+        [{**PLAIN, "f": {"A": None}}, {**PLAIN, "f": {"A": "text"}}], Columns(prompt="prompt", **PAIR, category="f"),
+        "`f` holds more than booleans: row 1",
+    ),
+    "text for flags": (
+        [{**PLAIN, "f": {"A": True}}, {**PLAIN, "f": "A"}], Columns(prompt="prompt", **PAIR, category="f"),
+        "rows of mixed layouts: `f` holds text where the first row holds a struct of booleans .*: row 1",
+    ),
     "null id": ([{**PLAIN, "id": "x"}, {**PLAIN, "id": None}], Columns(prompt="prompt", **PAIR, row_id="id"),
                 "`id` is null: row 1"),
 }  # fmt: skip

@@ -119,13 +119,17 @@ def _kind(value: object, messages: Messages) -> str:
         keys = list(dict.fromkeys(key for item in items for key in item))
         if {messages.role, messages.content} <= set(keys):
             return MESSAGES if is_list else MESSAGE
-        if not is_list and all(flag is None or isinstance(flag, bool) for flag in value.values()):
+        if not is_list and _are_flags(value):
             return FLAGS
         kind = "a list of structs" if is_list else "a struct"
         return f"{kind} of {', '.join(keys)} (columns.messages says how messages are written)"
     if is_list and items:
         return f"a list of {type(items[0]).__name__}"
     return KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _are_flags(fields: dict) -> bool:
+    return all(flag is None or isinstance(flag, bool) for flag in fields.values())
 
 
 class BadRow(Exception):
@@ -142,7 +146,7 @@ class Row:
         """The value of a column; null as None."""
         path, kind = self.found[name]
         value = value_at(self.values, path)
-        if value is not None and kind != FLAGS and KINDS[type(value)] != kind:
+        if value is not None and KINDS[type(value)] != (MESSAGE if kind == FLAGS else kind):
             raise BadRow(
                 f"rows of mixed layouts: `{name}` holds {KINDS[type(value)]} where the first row holds {kind} "
                 "(give each layout a file and an entry of its own)"
@@ -191,6 +195,8 @@ class Row:
         for name in names:
             value = self.value(name)
             if self.found[name].kind == FLAGS:
+                if not _are_flags(value or {}):
+                    raise BadRow(f"`{name}` holds more than booleans")
                 flags |= {flag: flags.get(flag) or is_true for flag, is_true in (value or {}).items()}
             elif value is not None:
                 texts.append(value)
