@@ -289,6 +289,11 @@ OTHERS = {
             row(prompt=ASK, chosen="first", rejected="second", chosen_safe=True, rejected_safe=False),
         ],
     ),
+    "a marker that another begins with": (
+        Columns(**PAIR, turns=Turns("Q", "QA")),
+        [{"chosen": "Q hi QA yes", "rejected": "Q hi QA no"}],
+        [row(prompt=[user("hi")], chosen="yes", rejected="no")],
+    ),
     "an unused key in some of the messages": (
         Columns(**PAIR),
         [GOOD, {**GOOD, "chosen": [{**user("q"), "name": 3}, assistant("good")]}],
@@ -774,10 +779,11 @@ def test_whole_conversations_with_other_names(tmp_path):
 
 
 def test_one_answer_of_a_pair(tmp_path):
+    """Of one file: what is learned of the other answer isn't read back from the cache."""
+    path = write(tmp_path / "f.jsonl", [{side: [user("a"), assistant("b"), *GOOD[side]] for side in PAIR}])
     for answer, text in (("chosen", "good"), ("rejected", "bad")):
-        rows = [{side: [user("a"), assistant("b"), *GOOD[side]] for side in PAIR}]
-        wanted = [[user("a"), assistant("b"), user("q"), assistant(text)]]
-        assert learn(tmp_path, rows, columns=CHAT, answer=answer) == wanted
+        rows = load_conversations([DatasetEntry(path, columns=CHAT, answer=answer)], seed=0)
+        assert rows["messages"][:] == [[user("a"), assistant("b"), user("q"), assistant(text)]]
 
 
 @pytest.mark.parametrize("labels", [{}, {"safe": PKU_OLD.safe}], ids=["no labels", "labels that contradict it"])
