@@ -324,6 +324,7 @@ def test_ids_source_and_extra_columns(tmp_path):
     path = write(tmp_path / "f.jsonl", [{**GOOD, "id": "a", "length": 3}, {**GOOD, "id": "b", "length": 4}])
     first = DatasetEntry(path, source="one", columns=Columns(**PAIR, row_id="id", extra=["length"]))
     second = DatasetEntry(path, columns=Columns(**PAIR))
+    load_preferences([second], seed=0)  # now in the cache without the column
     rows, _ = load_preferences([first, second], seed=0)
     assert rows["row_id"][:] == ["one:a", "one:b", "f.jsonl:0", "f.jsonl:1"]
     assert rows["source"][:] == ["one", "one", "f.jsonl", "f.jsonl"]
