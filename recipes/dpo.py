@@ -38,7 +38,7 @@ def main() -> None:
     if recipe.eval_datasets:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
-    # ---------------------------------------------------------------- rows: load, select, tokenise, give margins
+    # ---------------------------------------------------------------- rows: load, tokenise, select, give margins
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
     held_out = None
     if recipe.eval_datasets:
@@ -46,7 +46,7 @@ def main() -> None:
     gaps = partial(reference_gaps, resolved=resolved, tokenizer=tokenizer)
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:
-        refuse_overlap(train.audit.rows, held_out.dataset, args.dataset_num_proc)  # also those that hygiene dropped
+        refuse_overlap(train.audit, held_out.audit)
         agree("evaluation rows", held_out.digest)
     rows_digest = train.digest()
     agree("training rows", rows_digest)

@@ -89,6 +89,7 @@ class Hygiene:
 
     empty: Action = "error"  # an empty prompt or answer
     identical: Action = "drop"  # chosen = rejected
+    identical_tokens: Action = "drop"  # answers that differ as texts, but not in the tokens that max_length leaves
     max_similarity: Fraction | None = 0.9  # of the two answers, 0 to 1 (rapidfuzz's normalised Indel similarity)
     min_characters: Count | None = 10  # of the shorter answer
     max_length_ratio: Annotated[float, Field(ge=1)] | None = 3.0  # of the longer answer to the shorter, in characters

@@ -13,7 +13,7 @@ from core.runtime.errors import RecipeError
 MAX_SEVERITY = 3
 
 
-def _column(rows: Dataset, name: str) -> np.ndarray:
+def number_column(rows: Dataset, name: str) -> np.ndarray:
     """A nullable column as float64, NaN where it is null. Shape: (N,)."""
     column = rows.with_format("arrow")[name]
     return np.concatenate(
@@ -30,7 +30,7 @@ def _refuse(rows: Dataset, bad: np.ndarray, what: str) -> None:
 
 def pair_classes(rows: Dataset) -> np.ndarray:
     """Index into `PAIR_CLASSES` of each row. Shape: (N,), int64."""
-    chosen, rejected = _column(rows, "chosen_safe"), _column(rows, "rejected_safe")
+    chosen, rejected = number_column(rows, "chosen_safe"), number_column(rows, "rejected_safe")
     labelled = ~(np.isnan(chosen) | np.isnan(rejected))
     classes = np.full(len(rows), PAIR_CLASSES.index("unlabelled"))
     classes[labelled] = (2 * (1 - chosen[labelled]) + (1 - rejected[labelled])).astype(np.int64)
@@ -48,10 +48,10 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
     indicators = []
     for answer, weight, letter in (("chosen", margin.a, "a"), ("rejected", margin.b, "b")):
         if margin.indicator == "severity":
-            indicator = 1 - _column(rows, f"{answer}_severity") / MAX_SEVERITY
+            indicator = 1 - number_column(rows, f"{answer}_severity") / MAX_SEVERITY
             what = "severity"
         else:
-            indicator = _column(rows, f"{answer}_safe")
+            indicator = number_column(rows, f"{answer}_safe")
             what = "safety label"
         if weight:
             _refuse(
@@ -63,7 +63,7 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
         indicators.append(indicator)
     gap = None
     if margin.k:
-        gap = _column(rows, "score_chosen") - _column(rows, "score_rejected")
+        gap = number_column(rows, "score_chosen") - number_column(rows, "score_rejected")
         _refuse(
             rows,
             np.isnan(gap),
@@ -94,7 +94,7 @@ def margin_warnings(rows: Dataset, margin: Margin, values: np.ndarray, relabelle
             "or soft link"
         )
     if margin.k and margin.phi == "log":
-        gap = _column(rows, "score_chosen") - _column(rows, "score_rejected")
+        gap = number_column(rows, "score_chosen") - number_column(rows, "score_rejected")
         below = int((gap < 1).sum())
         if below:
             warnings.append(f"{below} of {len(values)} rows have a score gap under 1, whose logarithm is negative")

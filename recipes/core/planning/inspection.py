@@ -93,7 +93,7 @@ def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None,
     if train is None:
         return None
     if held_out is not None:
-        findings.attempt(refuse_overlap, train.audit.rows, held_out.dataset, args.dataset_num_proc)
+        findings.attempt(refuse_overlap, train.audit, held_out.audit)
     show_selection(train, recipe.margin, args.beta)
     if held_out is not None:
         show_selection(held_out, recipe.margin, args.beta, "evaluation")
