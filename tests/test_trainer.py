@@ -10,7 +10,7 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import build_model, preference_rows
 from core.config.schema import Replay
-from core.data.tokens import tokenize_rows
+from core.data.tokens import tokenize_rows, trainable_rows
 from core.modeling.prefix import unsupported_reason
 from core.modeling.reference import ReferenceCache
 from core.objective.margins import pair_classes, row_margins
@@ -24,7 +24,7 @@ def training_rows(tokenizer, margin, count=32, seed=0, roles=True):
     rows = preference_rows(count, seed)
     if not roles:
         rows = rows.remove_columns("role").add_column("role", ["task"] * count)
-    tokenized, cut = tokenize_rows(rows, tokenizer, MAX_LENGTH)
+    tokenized, cut = trainable_rows(tokenize_rows(rows, tokenizer, MAX_LENGTH))
     assert cut["chosen_cut"] > 0, "the rows are to exercise truncation"
     for name, column in {
         "row": np.arange(count),
