@@ -166,7 +166,7 @@ def _tokenize_batch(
             faults[row] = faults[row] or refusals[row] or _fault(row_id, answer, start, whole, room, tokenizer)
             tokens = [] if faults[row] else whole[len(start) :]
             ids.append(tokens[:room])
-            cut.append(room is not None and len(tokens) > room)
+            cut.append(len(ids[-1]) < len(tokens))
         output[f"{answer}_ids"], output[f"{answer}_cut"] = ids, cut
     for row in (row for row, fault in enumerate(faults) if fault):
         output["chosen_ids"][row], output["chosen_cut"][row] = [], False  # where the rejected answer has the fault
