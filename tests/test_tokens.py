@@ -73,6 +73,15 @@ def test_a_row_that_cannot_be_tokenised_does_not_spoil_its_batch(moody):
     assert trainable_rows(found.select([0, 5]))[1]["rows"] == 2
 
 
+def test_the_cache_knows_a_tokenizer_before_and_after_its_use():
+    """One that was saved with a truncation, which its first call takes off."""
+    tokenizer, rows = build_tokenizer(), make_rows([make_row()])
+    tokenizer.backend_tokenizer.enable_truncation(8)
+    first, again = (tokenize_rows(rows, tokenizer, 60) for _ in range(2))
+    assert first._fingerprint == again._fingerprint and len(first[0]["prompt_ids"]) > 8
+    assert tokenize_rows(rows, tokenizer, 61)._fingerprint != first._fingerprint
+
+
 ODD, LONG = {"rejected": "odd, and long enough"}, {"prompt": "word " * 40}
 OFF = "--selection.hygiene.min_answer_tokens=null"
 

@@ -133,6 +133,7 @@ def tokenize_rows(
     `fault`, why a row cannot be trained on (its answers then have no ids), null where it can. A faulty row ends no
     run: hygiene may drop it, and `trainable_rows` refuses it where it does not.
     """
+    tokenizer("")  # takes off padding and truncation that were saved with it: the cache is to know one state of it
     settings = {"tokenizer": tokenizer, "max_length": max_length, "system_message": system_message}
     return rows.map(
         _tokenize_batch,

@@ -70,7 +70,7 @@ def select_rows(
     if not hygiene_only and settings.score is not None:
         _check_signal(rows, settings.score.signal)
     facts = read_facts(rows, settings.hygiene, seed, eval_prompts)
-    assert len(set(_column(rows, "row_id"))) == len(rows), "row ids must be unique"
+    assert len(rows.unique("row_id")) == len(rows), "row ids must be unique"
 
     reasons = _reasons(settings)
     codes = first_broken(rows, facts, settings.hygiene, max_length)
@@ -248,10 +248,6 @@ def _part(fraction: float, count: int) -> int:
 # ---------------------------------------------------------------------------------------------- refusals
 def _refusal(message: str) -> RecipeError:
     return RecipeError(message, everywhere=True)  # every rank selects the same rows
-
-
-def _column(rows: Dataset, name: str) -> list[str]:
-    return rows.with_format("arrow")[name].to_pylist()
 
 
 def _names(rows: Dataset, places: np.ndarray) -> str:
