@@ -23,7 +23,7 @@ LAUNCH = $(PYTHON) recipes/core/runtime/accelerate_launch.py --config_file $(ACC
 SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate bench test test-fast torture style style-check
+.PHONY: help setup train check evaluate bench keys test test-fast torture style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE
 
 bench: $(SETUP) ## this project's trainer against stock TRL, on generated rows; make bench ARGS="--model … --dataset …"
 	$(PYTHON) recipes/bench.py $(ARGS)
+
+keys: $(SETUP) ## write recipes/KEYS.md: every key of a recipe, from the code that reads it
+	PYTHONPATH=recipes $(PYTHON) -m core.config.keys > recipes/KEYS.md
 
 test: $(SETUP) ## all tests, the slow end-to-end runs included
 	$(PYTHON) -m pytest $(PYTEST_ARGS)

@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from core.config.parsing import Resolved, build, resolve
+from core.config.keys import keys_of, listing
+from core.config.parsing import Run, Settings, build, look_over
 from core.planning.findings import Findings
 from core.runtime.environment import go_offline_if_local, prepare_environment
 from core.runtime.errors import USER_ERROR, exits_cleanly
@@ -31,9 +32,12 @@ def main() -> None:
     launch = findings.attempt(read_launch, options.accelerate_config, options.num_processes)
     kind = "sft" if Path(options.config).name.startswith("sft") else "dpo"
     argv = ["--config", options.config, *overrides]
-    asked = findings.attempt(resolve, kind, argv, launch and launch.world_size, findings.faults)
-    if asked is None:
+    looked_over = findings.attempt(look_over, kind, argv, launch and launch.world_size)
+    if looked_over is None:
         leave(findings)
+    asked, wrong, contradictory = looked_over
+    for fault in [*wrong, *contradictory]:
+        findings.fault(fault)
     if launch is None:
         launch = Launch("no launch config", "NO", 1)  # the rest is checked as one process
     for fault in launch_faults(launch, asked.training):
@@ -92,7 +96,10 @@ def main() -> None:
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="\n".join(["Any key of the recipe may be given here too. Those of dpo.py:", *listing(keys_of("dpo"))]),
     )
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--accelerate_config", required=True, help="the launch config")
@@ -101,13 +108,13 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def build_anywhere(asked: Resolved) -> Resolved:
+def build_anywhere(asked: Settings) -> Run:
     """TRL's configuration objects on this machine, whatever the run's own has."""
     here = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
     return build(dataclasses.replace(asked, training=asked.training | here))
 
 
-def in_half(asked: Resolved, launch: Launch) -> bool:
+def in_half(asked: Settings, launch: Launch) -> bool:
     """Whether the forward runs in 16 bits; bf16 is TRL's default."""
     fp16, bf16 = asked.training.get("fp16"), asked.training.get("bf16")
     return bool(fp16 or bf16 is None or bf16) or launch.mixed_precision != "no"

@@ -10,7 +10,7 @@ import yaml
 from conftest import preference_rows
 from core.config.parsing import resolve, save_recipe
 from core.config.schema import PreferenceRecipe, Selection
-from core.config.trl_keys import MODEL, TRAINING
+from core.config.trl_keys import ACCEPTED
 from core.objective.presets import PRESETS, Link
 from core.reporting.card import FORMULAS, SETTINGS, SOURCES, markdown_table, training_table, write_card
 from core.reporting.figures import draw_plots
@@ -232,4 +232,4 @@ def test_a_run_without_evaluations_shows_its_training_log():
 def test_what_the_card_knows_is_what_the_project_has():
     assert set(SOURCES) == set(PRESETS)
     assert set(FORMULAS) == set(get_args(Link))
-    assert set(SETTINGS) <= {*MODEL, *TRAINING, *get_type_hints(PreferenceRecipe)}
+    assert set(SETTINGS) <= {*ACCEPTED["dpo"], *get_type_hints(PreferenceRecipe)}

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmark.generated import LENGTHS, SHAPES, random_model, train_tokenizer, write_pairs
 from benchmark.paired_runs import Workload
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_preferences
 from core.data.tokens import load_tokenizer, token_lengths
@@ -25,7 +25,7 @@ GENERATED = "generated/"  # before the name of a source in `LENGTHS`: rows of it
 SPARE = 2  # times as many rows are generated as are trained on, since the selection drops some
 
 
-def prepare_workload(resolved: Resolved, updates: int, reference_pairs: int = 0) -> Workload:
+def prepare_workload(resolved: Run, updates: int, reference_pairs: int = 0) -> Workload:
     """
     Load, select and tokenise the recipe's rows, and draw by the seed as many as `updates` updates need, or whole
     micro-batches of at least `reference_pairs` if that is more.

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.modeling.parameters import count_parameters
 from core.runtime.errors import RecipeError
 from core.runtime.output_folder import existing_parent
@@ -100,7 +100,7 @@ def check_disk(folder: str | Path, needed: int, what: str, there: int = 0) -> No
         )
 
 
-def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:
+def check_room(model: PreTrainedModel, resolved: Run, rows: int) -> None:
     """
     For the start of a run, on every rank.
 

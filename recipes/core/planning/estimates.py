@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.data.tokens import token_lengths
 from core.modeling.prefix import unsupported_reason
 from core.planning.disk import Saved, bytes_there, check_disk, disk_needed
@@ -20,7 +20,7 @@ from core.selection.replay import ReplaySampler
 from core.training.throughput import GIB
 
 
-def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> int:
+def show_batch(resolved: Run, launch: Launch, rows: str, updates: int) -> int:
     """The size of an update and the number of them; returns the latter. `updates`: in an epoch."""
     args = resolved.training
     batch, steps, n = args.per_device_train_batch_size, args.gradient_accumulation_steps, launch.world_size
@@ -33,7 +33,7 @@ def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> i
 
 
 def inspect_batch(
-    resolved: Resolved, launch: Launch, train: Pairs, shared: bool, findings: Findings
+    resolved: Run, launch: Launch, train: Pairs, shared: bool, findings: Findings
 ) -> tuple[int, MicroBatch | None]:
     """Batch, steps and tokens of a preference run; returns the steps and the largest micro-batch (None: unknown)."""
     recipe, args = resolved.recipe, resolved.training
@@ -66,9 +66,7 @@ def inspect_batch(
     return total, largest_micro_batch(lengths, order, shared)
 
 
-def inspect_sft_batch(
-    resolved: Resolved, launch: Launch, count: int, longest: int | None
-) -> tuple[int, MicroBatch | None]:
+def inspect_sft_batch(resolved: Run, launch: Launch, count: int, longest: int | None) -> tuple[int, MicroBatch | None]:
     """The same of an SFT run with `count` conversations, the longest of `longest` tokens; rows are padded."""
     args = resolved.training
     micro_batches = math.ceil(math.ceil(count / args.per_device_train_batch_size) / launch.world_size)
@@ -77,7 +75,7 @@ def inspect_sft_batch(
     return total, longest and MicroBatch(rows=args.per_device_train_batch_size, length=longest)
 
 
-def shares_prefixes(resolved: Resolved, model: FakeModel, findings: Findings) -> bool:
+def shares_prefixes(resolved: Run, model: FakeModel, findings: Findings) -> bool:
     """Whether pairs share their prompts, as `policy.share_prefixes` decides it."""
     if not resolved.recipe.prefix_sharing:
         return False
@@ -90,14 +88,14 @@ def shares_prefixes(resolved: Resolved, model: FakeModel, findings: Findings) ->
 # -------------------------------------------------------------------------------------------------- memory and disk
 
 
-def build_model(resolved: Resolved, config: PretrainedConfig, findings: Findings) -> FakeModel | None:
+def build_model(resolved: Run, config: PretrainedConfig, findings: Findings) -> FakeModel | None:
     """The policy without its weights."""
     model = resolved.model
     dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
     return findings.attempt(FakeModel, config, model, resolved.recipe.trainable_parameters, dtype)
 
 
-def worst_micro_batch(resolved: Resolved, shared: bool) -> MicroBatch | None:
+def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
     """Where no row could be tokenised: every row fills max_length."""
     rows, length = resolved.training.per_device_train_batch_size, resolved.training.max_length
     if length is None:
@@ -109,7 +107,7 @@ def worst_micro_batch(resolved: Resolved, shared: bool) -> MicroBatch | None:
 
 
 def inspect_memory(
-    resolved: Resolved,
+    resolved: Run,
     launch: Launch,
     model: FakeModel,
     batch: MicroBatch,
@@ -166,9 +164,7 @@ def inspect_memory(
     return peak
 
 
-def inspect_disk(
-    resolved: Resolved, launch: Launch, model: FakeModel, half: bool, steps: int, findings: Findings
-) -> None:
+def inspect_disk(resolved: Run, launch: Launch, model: FakeModel, half: bool, steps: int, findings: Findings) -> None:
     """What checkpoints and weights take, against what is free."""
     width = 2 if launch.zero_stage and half else model.causal_lm.dtype.itemsize
     saved = Saved(model.total, model.trained, width, launch.zero_stage, bool(resolved.model.use_peft))

@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
@@ -28,7 +28,7 @@ SHOWN_CHARACTERS = 1200  # of each part of a pair
 SAMPLE = 2000  # conversations that an SFT check tokenises
 
 
-def check_surroundings(resolved: Resolved, findings: Findings) -> None:
+def check_surroundings(resolved: Run, findings: Findings) -> None:
     """The output folder, and what the network is needed for."""
     values = resolved.values
     findings.attempt(claim_output_dir, values["output_dir"], values, bool(values.get("resume_from_checkpoint")))
@@ -42,9 +42,7 @@ def check_surroundings(resolved: Resolved, findings: Findings) -> None:
         print(f"wandb: WANDB_MODE={mode}" if mode else f"wandb: {'offline, ' + reason if reason else 'online'}")
 
 
-def open_model(
-    resolved: Resolved, findings: Findings
-) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
+def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
     """The model's config and its tokenizer, each None where it cannot be had."""
     model, recipe = resolved.model, resolved.recipe
     path = model.model_name_or_path
@@ -73,7 +71,7 @@ def open_model(
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
+def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
     """Select the rows as the run would, and show them; None where no task row can be read."""
     recipe, args = resolved.recipe, resolved.training
     if recipe.selection.score is not None and recipe.selection.score.signal == "reference_gap":
@@ -146,7 +144,7 @@ def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
 
 
 def inspect_conversations(
-    resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
+    resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
 ) -> tuple[int, int | None]:
     """Load an SFT stage's conversations and show them: how many there are, and the tokens of the longest."""
     recipe, args = resolved.recipe, resolved.training

@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.config.parsing import Resolved, build, resolve, save_recipe
-from core.config.schema import DatasetEntry
-from core.config.validation import Kind
+from core.config.parsing import Run, build, resolve, save_recipe
+from core.config.schema import DatasetEntry, Kind
 from core.runtime.environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from core.runtime.errors import RecipeError
 from core.runtime.launching import check_launched
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from core.selection.audit import Audit
 
 
-def open_run(kind: Kind) -> Resolved:
+def open_run(kind: Kind) -> Run:
     """
     Check the recipe before anything is loaded, join the ranks, and claim the output folder.
 
@@ -70,7 +69,7 @@ def open_run(kind: Kind) -> Resolved:
     return resolved
 
 
-def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
+def begin(resolved: Run, audit: "Audit | None" = None) -> None:
     """Put the resolved recipe and the selection's audit into the output folder, and start wandb; on every rank."""
     from core.runtime.ranks import first_rank_decides
 

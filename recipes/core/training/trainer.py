@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTTrainer
 from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
 from core.modeling.policy import load_model, open_cache, share_prefixes
@@ -330,7 +330,7 @@ def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: fl
     )
 
 
-def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def reference_gaps(rows: Dataset, resolved: Run, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
     The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) in nats.
 
