@@ -91,17 +91,12 @@ def listing(keys: dict[str, Key]) -> list[str]:
         sections.setdefault((name.rpartition(".")[0], key.owner), []).append(line)
     lines = []
     for (above, owner), listed in sections.items():
-        title, about = (above or "top level", owner.__doc__) if isinstance(owner, type) else (owner, READERS[owner])
+        if isinstance(owner, type):
+            title, about = above or "top level", owner.__doc__
+        else:
+            title, about = owner, f"Keys that {owner} reads, in its words."
         lines += ["", f"### {title}", "", " ".join(about.split()), "", *listed]
     return lines
-
-
-READERS = {
-    "ModelConfig": "Keys that TRL's ModelConfig reads, in TRL's words.",
-    "DPOConfig": "Keys that TRL's DPOConfig reads, in TRL's words.",
-    "SFTConfig": "Keys that TRL's SFTConfig reads, in TRL's words.",
-    "TrainingArguments": "Keys that both configurations have from transformers' TrainingArguments, in its words.",
-}
 
 
 def _own_keys(section: type, above: str = "") -> Iterable[tuple[str, Key]]:
