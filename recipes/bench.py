@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from core.config.parsing import build, resolve
-from core.runtime.environment import go_offline_if_local, prepare_environment
+from core.runtime.environment import prepare_environment
 from core.runtime.errors import RecipeError, exits_cleanly
+from core.runtime.network import go_offline_if_local
 
 DEFAULT = Path(__file__).parent / "benchmark/bench.yaml"
 # What is run where the user names neither a model nor rows: sizes and sources of recipes/benchmark/generated.py.

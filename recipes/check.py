@@ -4,21 +4,22 @@ the disk. Nothing is written into the output folder.
 
     python recipes/check.py --config my.yaml --accelerate_config accelerate_configs/zero3.yaml [--key value …]
 
-`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. A recipe whose file name begins with `sft` is one of sft.py, any
-other one of dpo.py. Exit code 0, or 2 with the list of everything that is wrong.
+`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. The recipe's keys say whether it is one of
+sft.py or dpo.py (core/runtime/stage.py). Exit code 0, or 2 with the list of everything that is wrong.
 """
 
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import NoReturn
 
 from core.config.parsing import Resolved, build, resolve
 from core.planning.findings import Findings
-from core.runtime.environment import go_offline_if_local, prepare_environment
+from core.runtime.environment import prepare_environment
 from core.runtime.errors import USER_ERROR, exits_cleanly
 from core.runtime.launching import Launch, launch_faults, read_launch
+from core.runtime.network import go_offline_if_local
+from core.runtime.stage import stage_of
 
 
 @exits_cleanly
@@ -29,7 +30,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- what is asked for: recipe and launch config
     launch = findings.attempt(read_launch, options.accelerate_config, options.num_processes)
-    kind = "sft" if Path(options.config).name.startswith("sft") else "dpo"
+    kind = stage_of(options.config)
     argv = ["--config", options.config, *overrides]
     asked = findings.attempt(resolve, kind, argv, launch and launch.world_size, findings.faults)
     if asked is None:

@@ -16,8 +16,8 @@ from core.config.schema import DatasetEntry
 from core.data.preferences import load_preferences
 from core.data.tokens import load_tokenizer, token_lengths
 from core.modeling.policy import load_model
-from core.runtime.environment import check_model_path
 from core.runtime.errors import RecipeError
+from core.runtime.network import check_model_path
 from core.runtime.text import did_you_mean
 from core.selection.pairs import prepare_pairs
 

@@ -25,6 +25,7 @@ from core.config.schema import SFTRecipe
 from core.config.trl_keys import MODEL
 from core.config.validation import SECTIONS, Kind, section_of, validate
 from core.runtime.errors import RecipeError
+from core.runtime.files import replaced
 
 
 @dataclass
@@ -157,9 +158,8 @@ def save_recipe(resolved: Resolved, folder: str | Path) -> Path:
     target = Path(folder) / "recipe.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     origin = " ".join([resolved.path, *resolved.overrides])
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}", encoding="utf-8")
-    os.replace(aside, target)
+    with replaced(target) as file:
+        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}".encode())
     return target
 
 

@@ -14,15 +14,14 @@ import numpy as np
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session, httpx
 
 from core.config.entries import BUILDERS, files_of, place
 from core.config.schema import DatasetEntry
 from core.runtime.errors import RecipeError
+from core.runtime.network import hub_is_reachable
 from core.runtime.text import did_you_mean
 
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
-HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
 
 # It prints what a failure raises as well; here every failure is one line, which also names the file's line.
 logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
@@ -135,11 +134,7 @@ def draw_fraction(rows: int, fraction: float, seed: int, source: str) -> np.ndar
 @cache
 def _leave_the_hub_if_unreachable() -> None:
     # Without network, datasets would ask five times and wait 23 s before it looks into its own cache.
-    if datasets.config.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except httpx.TransportError:
+    if not datasets.config.HF_HUB_OFFLINE and not hub_is_reachable():
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
 
 

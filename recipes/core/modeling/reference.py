@@ -1,8 +1,6 @@
 """Reference log-probabilities, computed once: a cache on disk that is keyed by weights, precision and token ids."""
 
 import logging
-import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from core.runtime.errors import RecipeError
+from core.runtime.files import replaced
 
 FORMAT = 1  # raise it when a key or a value comes to mean something else
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "preference_reference"
@@ -80,16 +79,10 @@ class ReferenceCache:
         if not len(keys):
             return
         content = safetensors.numpy.save({"keys": np.ascontiguousarray(keys), "logps": np.ascontiguousarray(logps)})
-        temporary = None
         try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-                temporary = file.name
+            with replaced(self.folder / f"{xxhash.xxh3_128_hexdigest(content)}.safetensors") as file:
                 file.write(content)
-            os.chmod(temporary, 0o644)  # others may share the cache
-            os.replace(temporary, self.folder / f"{xxhash.xxh3_128_hexdigest(content)}.safetensors")
         except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
             warnings.warn(
                 f"{self.folder}: {error.strerror}; {len(keys):,} reference log-probabilities are not kept and will be "
                 "computed again next time",

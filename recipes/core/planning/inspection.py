@@ -17,8 +17,8 @@ from core.objective.margins import first_losses
 from core.planning.findings import Findings
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
-from core.runtime.environment import check_model_path, hub_is_off, hub_is_reachable
 from core.runtime.errors import RecipeError
+from core.runtime.network import check_model_path, hub_is_off, hub_is_reachable
 from core.runtime.output_folder import claim_output_dir
 from core.selection.buffer import refuse_overlap
 from core.selection.pairs import Pairs, prepare_pairs

@@ -4,12 +4,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from core.objective.presets import PAIR_CLASSES
+from core.runtime.files import replaced
 from core.selection.hygiene import Facts
 from core.selection.scanning import release, slices
 
@@ -57,9 +55,9 @@ class Audit:
         """Write selection.json and selection.jsonl (a line per row), each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "selection.json") as file:
+        with replaced(folder / "selection.json") as file:
             file.write((json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n").encode())
-        with written_whole(folder / "selection.jsonl") as file:
+        with replaced(folder / "selection.jsonl") as file:
             file.writelines(block.encode() for block in self._lines())
 
     def _lines(self) -> Iterable[str]:
@@ -174,18 +172,5 @@ def write_decisions(path: Path, decided: Decisions) -> None:
     codes, relabelled, summary = decided
     path.parent.mkdir(parents=True, exist_ok=True)
     text = np.frombuffer(json.dumps(summary).encode(), np.uint8)
-    with written_whole(path) as file:
+    with replaced(path) as file:
         np.savez(file, codes=codes, relabelled=relabelled, summary=text)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written aside and renamed: a reader sees the old one or the whole new one."""
-    aside = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with open(aside, "xb") as file:
-            yield file
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise

@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from core.runtime.environment import versions
 from core.runtime.errors import RecipeError, full_disk
+from core.runtime.files import replaced
 from core.runtime.ranks import first_rank_decides, rank
 
 logger = logging.get_logger(__name__)
@@ -109,10 +110,8 @@ def seal(folder: Path, step: int, launch: dict[str, Any]) -> None:
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest}
         for path, digest in zip(files, digests, strict=True)
     }
-    part = folder / (MANIFEST + ".part")
-    part.write_text(json.dumps({"step": step, **launch, "files": entries}, indent=1))
-    _flush(part)
-    os.rename(part, folder / MANIFEST)
+    with replaced(folder / MANIFEST) as file:
+        file.write(json.dumps({"step": step, **launch, "files": entries}, indent=1).encode())
     _flush(folder)
 
 

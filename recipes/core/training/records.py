@@ -10,6 +10,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.runtime.errors import RecipeError
+from core.runtime.files import replaced
 
 METRICS = "metrics.jsonl"
 
@@ -53,9 +54,8 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / METRICS
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-            os.replace(temporary, path)
+            with replaced(path) as file:
+                file.write("".join(map(_line, state.log_history)).encode())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
