@@ -17,7 +17,6 @@ import slow_selection
 from core.config.schema import Hygiene, Quotas, Score, Selection
 from core.runtime.errors import RecipeError
 from core.selection import buffer
-from core.selection.audit import written_whole
 from core.selection.buffer import refuse_overlap, select_rows
 from slow_selection import SWAPPED
 from test_hygiene import make_row, make_rows
@@ -538,15 +537,6 @@ def test_the_digest_tells_relabelling_apart():
         select_rows(make_rows([row]), Selection(labels=labels), seed=0)[1].digest for labels in ("helpful", "safer")
     }
     assert len(digests) == 2
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
-        file.write(b"half of the n")
-        raise KeyboardInterrupt
-    assert [other.name for other in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
 def test_rows_that_are_a_choice_of_a_file(tmp_path):

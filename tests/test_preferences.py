@@ -24,6 +24,7 @@ from core.data import columns as column_module
 from core.data import conversations as flat
 from core.data import mapping, preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
+from core.runtime import network
 from core.runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -737,7 +738,7 @@ def test_a_hub_that_does_not_answer_is_left_alone(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.3)
+        monkeypatch.setattr(network, "PROBE_SECONDS", 0.3)
         sources._leave_the_hub_if_unreachable.cache_clear()
         started = time.monotonic()
         with pytest.raises(RecipeError, match="nobody/nothing: .*the Hub can't be reached"):

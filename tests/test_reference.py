@@ -24,7 +24,7 @@ from core.modeling.policy import open_cache
 from core.modeling.reference import ReferenceCache, namespace, reference_logps, sequence_keys
 from core.modeling.weights import weights_digest
 from core.runtime.errors import RecipeError
-from forked import run_ranks
+from processes import run_ranks
 
 FILES = "*.safetensors"
 

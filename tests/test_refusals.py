@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conftest import build_tokenizer
-from forked import run_script
+from processes import run_script
 
 USER, ANSWERS = {"role": "user", "content": "How do I bake bread?"}, ("Mix, knead and wait.", "Buy it from a baker.")
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token }}{% endfor %}"

@@ -13,7 +13,7 @@ from trl import ModelConfig
 from conftest import WORDS, build_model
 from core.modeling.policy import verify_saved
 from core.runtime.errors import RecipeError
-from forked import run_script
+from processes import run_script
 
 RECIPE = """\
 model_name_or_path: {model}

@@ -4,7 +4,7 @@ from accelerate import PartialState
 from conftest import build_model
 from core.runtime.ranks import join_processes
 from core.training.throughput import Throughput, matmul_parameters, peak_flops, training_flops
-from forked import run_ranks
+from processes import run_ranks
 
 # Per layer of the tiny Mistral: q and o 32×32, k and v 32×16, three 32×64 in the MLP, two norms of 32.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
