@@ -208,11 +208,11 @@ def _rank(start: Start, argv: list[str], rank: int, port: int, log: str, told) -
 
 def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
     """Have the trainer tell what it does, and write down the rows of each micro-batch."""
+    from core.modeling.reference import Scorer
     from core.training.trainer import ShiftedMarginTrainer
 
-    steps, evaluate, reference = (
-        getattr(ShiftedMarginTrainer, name) for name in ("training_step", "prediction_step", "_reference_pass")
-    )
+    steps, evaluate = ShiftedMarginTrainer.training_step, ShiftedMarginTrainer.prediction_step
+    score = Scorer.__call__
     seen = {"update": -1, "micro_batch": 0}
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -227,12 +227,12 @@ def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
         tell(EVALUATION)
         return evaluate(self, *args, **kwargs)
 
-    def _reference_pass(self, *args, **kwargs):
+    def score_rows(self, *args, **kwargs):
         tell(REFERENCE)
-        return reference(self, *args, **kwargs)
+        return score(self, *args, **kwargs)
 
-    for function in (training_step, prediction_step, _reference_pass):
-        setattr(ShiftedMarginTrainer, function.__name__, function)
+    ShiftedMarginTrainer.training_step, ShiftedMarginTrainer.prediction_step = training_step, prediction_step
+    Scorer.__call__ = score_rows
 
     def audit(event: str, args: tuple) -> None:
         if event in ("open", "os.rename", "os.remove", "shutil.rmtree") and isinstance(args[0], str | Path):

@@ -202,8 +202,7 @@ def test_rows_are_chosen_by_the_references_gap(folder):
 
 def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
     """Not even a folder is made, so that one that cannot be written is in nobody's way."""
-    monkeypatch.setattr("core.modeling.reference.DEFAULT_FOLDER", Path("/proc/nowhere"))
-    monkeypatch.setattr("core.modeling.policy.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    monkeypatch.setattr("core.modeling.reference_cache.DEFAULT_FOLDER", Path("/proc/nowhere"))
     script("dpo", f"--config={folder}/full.yaml", "--precompute_ref_log_probs=false", f"--output_dir={folder}/live")
     live, full = ([entry["loss"] for entry in metrics(folder / name) if "loss" in entry] for name in ("live", "full"))
     assert live == pytest.approx(full, rel=1e-5)

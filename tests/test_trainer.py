@@ -12,7 +12,7 @@ from conftest import build_model, preference_rows
 from core.config.schema import Replay
 from core.data.tokens import tokenize_rows
 from core.modeling.prefix import unsupported_reason
-from core.modeling.reference import ReferenceCache
+from core.modeling.reference_cache import ReferenceCache
 from core.objective.margins import pair_classes, row_margins
 from core.objective.presets import PAIR_CLASSES, Margin
 from core.training.trainer import ShiftedMarginTrainer, role_weighted_mean

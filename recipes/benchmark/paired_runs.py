@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -20,7 +21,8 @@ from core.config.schema import Replay
 from core.data.tokens import token_lengths, with_system_message
 from core.modeling.parameters import select_parameters
 from core.modeling.policy import share_prefixes
-from core.modeling.reference import ReferenceCache
+from core.modeling.prefix import pair_logps
+from core.modeling.reference_cache import ReferenceCache
 from core.objective.presets import Margin
 from core.runtime.errors import RecipeError
 from core.training.trainer import ShiftedMarginTrainer
@@ -199,9 +201,9 @@ def run_shared(workload: Workload, trained: list[str] | None, sharing: bool) -> 
         order = list(trainer._get_train_sampler())
         trainer.train()
         run = trainer.run(order)
-        forwards = trainer.forwards
-        trainer._precompute_ref_logps(workload.rows, "train", workload.args.per_device_train_batch_size)
-    run.second_pass_forwards, run.second_pass_seconds = trainer.forwards - forwards, trainer.reference_seconds
+        with patch("core.modeling.reference.pair_logps", wraps=pair_logps) as forward:
+            trainer._precompute_ref_logps(workload.rows, "train", workload.args.per_device_train_batch_size)
+    run.second_pass_forwards, run.second_pass_seconds = forward.call_count, trainer.reference_seconds
     return run
 
 
@@ -256,13 +258,7 @@ class StockTrainer(Measured, DPOTrainer):
 
 
 class SharedTrainer(Measured, ShiftedMarginTrainer):
-    """This project's trainer, its reference forwards counted."""
-
-    forwards = 0
-
-    def _reference_pass(self, examples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        self.forwards += 1
-        return super()._reference_pass(examples)
+    """This project's trainer."""
 
 
 class StepClock(TrainerCallback):
