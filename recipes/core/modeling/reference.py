@@ -72,19 +72,9 @@ def reference_logps(
     Raises:
         RecipeError: the model gives a row NaN or infinity.
     """
-    scorer = Scorer(model, accelerator, collator)
-    try:
-        return cached_logps(
-            rows,
-            cache,
-            scorer,
-            batch_size=batch_size,
-            accelerator=accelerator,
-            padded=isinstance(collator, PaddedCollator),
-            description=description,
-        )
-    finally:
-        scorer.close()
+    padded = isinstance(collator, PaddedCollator)
+    with contextlib.closing(Scorer(model, accelerator, collator)) as scorer:
+        return cached_logps(rows, cache, scorer, accelerator, batch_size, padded=padded, description=description)
 
 
 def reference_gaps(
@@ -181,9 +171,9 @@ def cached_logps(
     dataset: Dataset,
     cache: ReferenceCache,
     compute: Forward,
-    *,
-    batch_size: int,
     accelerator: Accelerator,
+    batch_size: int,
+    *,
     padded: bool = False,
     description: str = "Reference log-probabilities",
     flush_seconds: float = 60.0,

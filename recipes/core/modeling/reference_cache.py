@@ -1,5 +1,6 @@
 """Reference log-probabilities on disk: the cache, and what it is keyed by (weights, precision and token ids)."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -13,17 +14,7 @@ import safetensors.numpy
 import xxhash
 from datasets import Dataset
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import DPOConfig, ModelConfig
 
 from core.runtime.errors import RecipeError
@@ -33,9 +24,6 @@ FORMAT = 1  # raise it when a key or a value comes to mean something else
 DEFAULT_FOLDER = Path(constants.HF_HOME) / "preference_reference"
 KEY_BYTES = 16
 SEPARATOR = b"\xff" * 4  # between prompt and answer: no token has this id
-
-THREADS = 8
-PIECE = 16 * 2**20  # bytes of a file that a thread reads and hashes at a time
 # Keys of config.json that say where weights come from, not what the model computes. Its dtype does: `auto` obeys it.
 INCIDENTAL = ("_name_or_path", "transformers_version", "use_cache")
 
@@ -102,10 +90,10 @@ class ReferenceCache:
 
 def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig) -> ReferenceCache:
     """
-    The cache of a recipe's model as the reference, in the precision of its forward.
+    The cache of a recipe's model, which has been loaded, as the reference, in the precision of its forward.
 
     Raises:
-        RecipeError: there are no weights on this machine, or the folder can't be made.
+        RecipeError: the folder can't be made.
     """
     precision = str(model.dtype).removeprefix("torch.")
     if args.mixed_precision != "no":  # also the launcher's; DeepSpeed casts the weights, autocast the operations
@@ -139,15 +127,11 @@ def weights_digest(source: str | Path, revision: str | None = None) -> str:
     """
     A digest of what the reference model computes with: the bytes of its weights and what its config says of them.
 
-    Files are read on rank 0 alone, by several threads. A folder with an adapter counts with its base model. Only the
-    local disk is asked: download a model before.
+    Files are read on rank 0 alone, each by a thread. A folder with an adapter counts with its base model.
 
     Args:
-        source: a folder, or a model on the Hub.
+        source: a model that has been loaded: a folder, or a name on the Hub whose files are in the local cache.
         revision: of a model on the Hub.
-
-    Raises:
-        RecipeError: there are no weights on this machine.
     """
     return first_rank_decides(lambda: _digest_of_folder(_local_folder(str(source), revision)))
 
@@ -159,53 +143,33 @@ def _digest_of_folder(folder: Path) -> str:
         base = json.loads(adapter.read_text())["base_model_name_or_path"]
         digest.update(adapter.read_bytes())
         digest.update(_digest_of_folder(_local_folder(base, None)).encode())
-        files = [folder / name for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)]
-        files = [path for path in files if path.is_file()][:1]
+        files = sorted(folder.glob("adapter_model.*"))
     else:
+        digest.update(_computing_part(json.loads((folder / CONFIG_NAME).read_text())))
         files = _weight_files(folder)
-        config = folder / CONFIG_NAME
-        digest.update(_computing_part(json.loads(config.read_text())) if config.is_file() else b"")
-    if not files:
-        raise RecipeError(
-            f"{folder}: no {SAFE_WEIGHTS_NAME} or {WEIGHTS_NAME}, so the model can't be told from others"
-        )
-    pieces = [(path, start) for path in files for start in range(0, max(path.stat().st_size, 1), PIECE)]
-    with ThreadPoolExecutor(THREADS) as threads:
-        for (path, start), piece in zip(pieces, threads.map(_digest_of_piece, pieces), strict=True):
-            digest.update(f"{path.name} {start} {piece}".encode())
+    with ThreadPoolExecutor() as threads:
+        for path, content in zip(files, threads.map(_digest_of_file, files), strict=True):
+            digest.update(f"{path.name} {content}".encode())
     return digest.hexdigest()
 
 
-def _digest_of_piece(piece: tuple[Path, int]) -> str:
-    path, start = piece
-    with path.open("rb", buffering=0) as file:
-        file.seek(start)
-        return xxhash.xxh3_128_hexdigest(file.read(PIECE))
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` would read, by its own order of preference."""
-    for single, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / single).is_file():
-            return [folder / single]
-        if (folder / index).is_file():
-            names = sorted({*json.loads((folder / index).read_text())["weight_map"].values()})
-            absent = [name for name in names if not (folder / name).is_file()]
-            if absent:
-                raise RecipeError(
-                    f"{folder}: {index} names {', '.join(absent)}, which is not there; download it again"
-                )
-            return [folder / name for name in names]
-    return []
+    """The files that `from_pretrained` reads; a folder may hold the same weights in another form too."""
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    index = json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text())
+    return [folder / name for name in sorted({*index["weight_map"].values()})]
 
 
 def _local_folder(source: str, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
-    try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError) as error:
-        raise RecipeError(f"model {source} is neither a folder nor in the Hub's local cache") from error
+    return Path(snapshot_download(source, revision=revision, local_files_only=True))
 
 
 def _computing_part(config: dict[str, Any]) -> bytes:

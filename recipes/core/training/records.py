@@ -18,7 +18,7 @@ Record = dict[str, Any]
 # On the log line; all else is in metrics.jsonl, which the line would otherwise drown in.
 LOG_LINE = {
     "loss": "loss", "eval_loss": "eval_loss", "train_loss": "mean loss", "task/loss": "task", "buffer/loss": "buffer",
-    "rewards/margins": "margin", "eval_rewards/margins": "margin", "accuracy_helpful": "helpful",
+    "rewards/margins": "reward margin", "eval_rewards/margins": "reward margin", "accuracy_helpful": "helpful",
     "accuracy_target": "target", "eval_accuracy_helpful": "helpful", "eval_accuracy_target": "target",
     "mean_token_accuracy": "token accuracy", "grad_norm": "grad_norm", "learning_rate": "lr",
     "pairs_per_second": "pairs/s", "tokens_per_second": "tokens/s", "tokens_saved": "tokens saved", "mfu": "mfu",
