@@ -13,13 +13,13 @@ from core.runtime.errors import RecipeError
 MAX_SEVERITY = 3
 
 
-def _column(rows: Dataset, name: str) -> np.ndarray:
+def number_column(rows: Dataset, name: str) -> np.ndarray:
     """A nullable column as float64, NaN where it is null. Shape: (N,)."""
     return rows.with_format("arrow")[name].cast("double").to_numpy()
 
 
 def _score_gap(rows: Dataset) -> np.ndarray:
-    return _column(rows, "score_chosen") - _column(rows, "score_rejected")
+    return number_column(rows, "score_chosen") - number_column(rows, "score_rejected")
 
 
 def _refuse(rows: Dataset, bad: np.ndarray, what: str) -> None:
@@ -30,13 +30,9 @@ def _refuse(rows: Dataset, bad: np.ndarray, what: str) -> None:
 
 def pair_classes(rows: Dataset) -> np.ndarray:
     """Index into `PAIR_CLASSES` of each row. Shape: (N,), int64."""
-    return classes_of(_column(rows, "chosen_safe"), _column(rows, "rejected_safe"))
-
-
-def classes_of(chosen_safe: np.ndarray, rejected_safe: np.ndarray) -> np.ndarray:
-    """The same from the safety labels: 1, 0, or NaN for none. Shapes: (N,) and (N,) → (N,), int64."""
-    unlabelled = np.isnan(chosen_safe) | np.isnan(rejected_safe)
-    return np.where(unlabelled, PAIR_CLASSES.index("unlabelled"), 2 * (chosen_safe == 0) + (rejected_safe == 0))
+    chosen, rejected = number_column(rows, "chosen_safe"), number_column(rows, "rejected_safe")
+    unlabelled = np.isnan(chosen) | np.isnan(rejected)
+    return np.where(unlabelled, PAIR_CLASSES.index("unlabelled"), 2 * (chosen == 0) + (rejected == 0))
 
 
 def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
@@ -50,9 +46,9 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
     indicators = []
     for answer, weight, letter in (("chosen", margin.a, "a"), ("rejected", margin.b, "b")):
         if margin.indicator == "severity":
-            what, indicator = "severity", 1 - _column(rows, f"{answer}_severity") / MAX_SEVERITY
+            what, indicator = "severity", 1 - number_column(rows, f"{answer}_severity") / MAX_SEVERITY
         else:
-            what, indicator = "safety label", _column(rows, f"{answer}_safe")
+            what, indicator = "safety label", number_column(rows, f"{answer}_safe")
         indicators.append(indicator)
         if weight:
             _refuse(
