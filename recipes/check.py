@@ -19,6 +19,7 @@ from core.planning.findings import Findings
 from core.runtime.environment import go_offline_if_local, prepare_environment
 from core.runtime.errors import USER_ERROR, exits_cleanly
 from core.runtime.launching import Launch, launch_faults, read_launch
+from core.training.session import claim_folder, places
 
 
 @exits_cleanly
@@ -38,14 +39,7 @@ def main() -> None:
         launch = Launch("no launch config", "NO", 1)  # the rest is checked as one process
     for fault in launch_faults(launch, asked.training):
         findings.fault(fault)
-    recipe, values = asked.recipe, asked.values
-    go_offline_if_local(
-        [
-            values["model_name_or_path"],
-            recipe.chat_template_path,
-            *(entry.path for entry in (*recipe.datasets, *recipe.eval_datasets)),
-        ]
-    )
+    go_offline_if_local(places(asked))
     print(f"{options.config} by recipes/{kind}.py on {launch}")
     for line in asked.announcements:
         findings.note(line)
@@ -53,27 +47,27 @@ def main() -> None:
     # TRL and transformers take seconds to import: a misspelt key is told before where it is all.
     import datasets
 
+    from core.modeling.policy import share_prefixes
     from core.planning import estimates, inspection
+    from core.planning.memory_trace import FakeModel
 
     datasets.disable_progress_bars()
     resolved = findings.attempt(build_anywhere, asked)
     if resolved is None:
         leave(findings)
-    inspection.check_surroundings(resolved, findings)
+    recipe = resolved.recipe
+    findings.attempt(claim_folder, resolved)
+    inspection.show_network(resolved)
     config, tokenizer = inspection.open_model(resolved, findings)
-    model = None if config is None else estimates.build_model(resolved, config, findings)
+    model = None
+    if config is not None:
+        model = findings.attempt(FakeModel, config, resolved.model, recipe.trainable_parameters)
 
     # ---------------------------------------------------------------- rows, batch, steps
-    shared = model is not None and kind == "dpo" and estimates.shares_prefixes(resolved, model, findings)
-    steps, largest = 1, None
-    if kind == "dpo":
-        train = inspection.inspect_pairs(resolved, tokenizer, findings)
-        if train is not None:
-            steps, largest = estimates.inspect_batch(resolved, launch, train, shared, findings)
-    else:
-        count, longest = inspection.inspect_conversations(resolved, tokenizer, findings)
-        if count:
-            steps, largest = estimates.inspect_sft_batch(resolved, launch, count, longest)
+    shared = False
+    if model is not None and kind == "dpo":
+        shared = share_prefixes(recipe.prefix_sharing, model.policy, resolved.training.max_length)
+    steps, largest = estimates.inspect_rows(resolved, launch, tokenizer, shared, findings)
 
     # ---------------------------------------------------------------- memory and disk
     if model is None:
@@ -83,9 +77,8 @@ def main() -> None:
     if largest is None:
         findings.note("rows without tokens: memory is estimated as if every one filled max_length")
         largest = estimates.worst_micro_batch(resolved, shared)
-    if largest is not None:
-        limit = options.gpu_memory and options.gpu_memory * 2**30
-        estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
+    limit = options.gpu_memory and options.gpu_memory * 2**30
+    estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
     estimates.inspect_disk(resolved, launch, model, half, steps, findings)
     leave(findings)
 

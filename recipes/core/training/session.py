@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from core.config.parsing import Resolved, build, resolve, save_recipe
-from core.config.schema import DatasetEntry
 from core.config.validation import Kind
 from core.runtime.environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
 from core.runtime.errors import RecipeError
@@ -32,42 +31,61 @@ def open_run(kind: Kind) -> Resolved:
 
             join_processes(fault=str(error))  # tells the other ranks, which may have another recipe, and raises
         raise
-    values = settings.values
-    entries: list[DatasetEntry] = [*settings.recipe.datasets, *settings.recipe.eval_datasets]
-    models = [values["model_name_or_path"], values.get("reference_model"), values.get("chat_template_path")]
-    go_offline_if_local([*models, *(entry.path for entry in entries)])
+    go_offline_if_local(places(settings))
 
     # torch takes seconds to import: a misspelt key is told before.
-    from core.runtime.ranks import (
-        agree,
-        check_shared_folder,
-        check_world,
-        deepspeed_is_asked_for,
-        first_rank_decides,
-        join_processes,
-        rank,
-    )
+    from core.runtime.ranks import agree, check_world, deepspeed_is_asked_for, join_processes, rank
 
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
     check_world(settings.recipe.num_processes, deepspeed_is_asked_for())
     check_launched(settings.training)
-    agree("recipe", values)
+    agree("recipe", settings.values)
     agree("versions", versions())
-    first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
-    if kind == "evaluate":
-        if values.get("reference_model"):
-            first_rank_decides(lambda: check_model_path(values["reference_model"]))
-        first_rank_decides(lambda: check_writable(Path(values["output_dir"])))
-    else:
-        resuming = bool(values.get("resume_from_checkpoint"))
-        first_rank_decides(lambda: claim_output_dir(values["output_dir"], values, resuming))
-        check_shared_folder(existing_parent(Path(values["output_dir"])))
+    check_models(settings)
+    claim_folder(settings)
     resolved = build(settings)
     if rank() == 0:
         for line in resolved.announcements:
             print(f"note: {line}", flush=True)
     return resolved
+
+
+def places(settings: Resolved) -> list[str | None]:
+    """What the recipe reads: paths, or names of the Hub."""
+    models = [settings.values.get(key) for key in ("model_name_or_path", "reference_model", "chat_template_path")]
+    return [*models, *(entry.path for entry in (*settings.recipe.datasets, *settings.recipe.eval_datasets))]
+
+
+def check_models(settings: Resolved) -> None:
+    """
+    Raises:
+        RecipeError: a model that the recipe names is not there; on every rank.
+    """
+    from core.runtime.ranks import first_rank_decides
+
+    values = settings.values
+    first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
+    if settings.kind == "evaluate" and values.get("reference_model"):
+        first_rank_decides(lambda: check_model_path(values["reference_model"]))
+
+
+def claim_folder(settings: Resolved) -> None:
+    """
+    An evaluation may write beside what is there; a run must have the folder for itself, on every node.
+
+    Raises:
+        RecipeError: it cannot be written, is another run's, or is not shared by the nodes; on every rank.
+    """
+    from core.runtime.ranks import check_shared_folder, first_rank_decides
+
+    values, folder = settings.values, Path(settings.values["output_dir"])
+    if settings.kind == "evaluate":
+        first_rank_decides(lambda: check_writable(folder))
+        return
+    resuming = bool(values.get("resume_from_checkpoint"))
+    first_rank_decides(lambda: claim_output_dir(folder, values, resuming))
+    check_shared_folder(existing_parent(folder))
 
 
 def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
