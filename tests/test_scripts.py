@@ -77,7 +77,7 @@ def test_the_output_folder_has_what_people_expect(folder):
     }  # fmt: skip
     assert (folder / "lora" / "adapter_model.safetensors").is_file()
     plots = {path.stem for path in (folder / "full" / "plots").glob("*.png")}
-    assert plots == {"loss", "rewards", "margins", "accuracies", "margin_histogram"}
+    assert plots == {"loss", "rewards", "reward_margins", "accuracies", "histograms"}
 
 
 def test_weights_that_were_saved_wrongly_are_told(model_folder, tmp_path):
