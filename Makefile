@@ -31,7 +31,7 @@ help: ## list the targets
 setup: $(SETUP) ## make .venv from requirements.txt (every other target does it when needed)
 
 $(VENV)/.installed: requirements.txt
-	@python3 -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), "Python 3.10 to 3.12 is needed"'
+	@python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed"'
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
 	@touch $@

@@ -65,7 +65,7 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
     records = comparable(read_metrics(folder), margin is None or margin.reference_free)
     before, after = before_and_after(records)
     adapter = (folder / "adapter_config.json").is_file()
-    trained = recipe.get("trainable_parameters") or recipe.get("lora_target_modules") or ["all parameters"]
+    trained = recipe.get("trainable_parameters") or recipe.get("lora_target_modules") or []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "markdown": markdown_text,
