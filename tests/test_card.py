@@ -105,6 +105,7 @@ def metadata(folder):
         "| No log | 0.0000 | 0 | 0.6931 | 0.0000 | 0.0000 | – | 0.0000 | -221.2 | -287.5 | -2.1250 | -2.2500 |",
         "| 0.6850 | 0.5000 | 20 | 0.6800 | -0.1000 | -0.0800 | 0.4375 | -0.0200 | -221.2 | -287.5 | ",
         "| 0.6700 | 1.0000 | 40 | 0.6777 | -0.1371 | -0.0830 | 0.4693 | -0.0541 | -221.2 | -287.5 | ",
+        "The training loss is a sum, of the mean over task pairs and λ times the mean over buffer pairs.\n\n| Tr",
         # Before and after; the one role, task, would say what all pairs say.
         "| all | 0.6931 → 0.6777 | 0.000 → -0.054 | 0.469 | 0.531 |\n"
         "| safe/safe | 0.3466 → 0.3388 | – | – | – |\n"
