@@ -19,11 +19,17 @@ SETUP := $(VENV)/.installed
 endif
 
 LAUNCH = $(PYTHON) recipes/core/runtime/accelerate_launch.py --config_file $(ACCELERATE)
-# A recipe says by its file name which stage it is: sft*.yaml or anything else.
-SCRIPT = $(if $(filter sft%,$(notdir $(RECIPE))),recipes/sft.py,recipes/dpo.py)
+# A recipe's keys say which stage it is of, e.g. conversations_per_update or pairs_per_update (core/runtime/stage.py).
+SCRIPT = recipes/$(shell $(PYTHON) recipes/core/runtime/stage.py $(RECIPE)).py
+
+# make itself says nothing of a variable that nobody reads, and would train the quickstart.
+LOWER_CASE = $(foreach name,recipe accelerate args python venv,$(if $(filter command%,$(origin $(name))),$(name)))
+ifneq ($(strip $(LOWER_CASE)),)
+$(error variables are written in capitals: $(foreach name,$(LOWER_CASE),$(shell echo $(name) | tr a-z A-Z)=…) instead of $(strip $(LOWER_CASE))=…)
+endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate bench test test-fast torture style style-check
+.PHONY: help setup train check evaluate bench keys test test-fast torture style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,7 +37,7 @@ help: ## list the targets
 setup: $(SETUP) ## make .venv from requirements.txt (every other target does it when needed)
 
 $(VENV)/.installed: requirements.txt
-	@python3 -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), "Python 3.10 to 3.12 is needed"'
+	@python3 -c 'import sys; assert (3, 11) <= sys.version_info < (3, 13), "Python 3.11 or 3.12 is needed"'
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet $(PIP_ARGS) -r requirements.txt
 	@touch $@
@@ -52,14 +58,17 @@ evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE
 bench: $(SETUP) ## this project's trainer against stock TRL, on generated rows; make bench ARGS="--model … --dataset …"
 	$(PYTHON) recipes/bench.py $(ARGS)
 
+keys: $(SETUP) ## write recipes/KEYS.md: every key of a recipe, from the code that reads it
+	PYTHONPATH=recipes $(PYTHON) -m core.config.keys > recipes/KEYS.md
+
 test: $(SETUP) ## all tests, the slow end-to-end runs included
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
 test-fast: $(SETUP) ## the tests without the end-to-end runs
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
-torture: $(SETUP) ## kill, damage, mislead and measure real runs, then print what held; ARGS="--only kills --count 5" for a part
-	$(PYTHON) tests/torture.py $(ARGS)
+torture: $(SETUP) ## kill, damage, mislead and measure real runs, and print what is found; ARGS="-k kills" for a part
+	$(PYTHON) -m pytest tests/test_torture.py -m torture -s -v $(ARGS)
 
 style: $(SETUP) ## format and mend what can be mended
 	$(PYTHON) -m ruff check --fix .

@@ -4,21 +4,24 @@ the disk. Nothing is written into the output folder.
 
     python recipes/check.py --config my.yaml --accelerate_config accelerate_configs/zero3.yaml [--key value …]
 
-`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. A recipe whose file name begins with `sft` is one of sft.py, any
-other one of dpo.py. Exit code 0, or 2 with the list of everything that is wrong.
+`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. The recipe's keys say whether it is one of
+sft.py or dpo.py (core/runtime/stage.py). Exit code 0, or 2 with the list of everything that is wrong.
 """
 
 import argparse
 import dataclasses
 import sys
-from pathlib import Path
 from typing import NoReturn
 
-from core.config.parsing import Resolved, build, resolve
+from core.config.keys import keys_of, listing
+from core.config.parsing import Run, Settings, build, look_over
 from core.planning.findings import Findings
-from core.runtime.environment import go_offline_if_local, prepare_environment
+from core.runtime.environment import prepare_environment
 from core.runtime.errors import USER_ERROR, exits_cleanly
 from core.runtime.launching import Launch, launch_faults, read_launch
+from core.runtime.network import go_offline_if_local
+from core.runtime.stage import stage_of
+from core.training.session import claim_folder, places
 
 
 @exits_cleanly
@@ -29,23 +32,19 @@ def main() -> None:
 
     # ---------------------------------------------------------------- what is asked for: recipe and launch config
     launch = findings.attempt(read_launch, options.accelerate_config, options.num_processes)
-    kind = "sft" if Path(options.config).name.startswith("sft") else "dpo"
+    kind = stage_of(options.config)
     argv = ["--config", options.config, *overrides]
-    asked = findings.attempt(resolve, kind, argv, launch and launch.world_size, findings.faults)
-    if asked is None:
+    looked_over = findings.attempt(look_over, kind, argv, launch and launch.world_size)
+    if looked_over is None:
         leave(findings)
+    asked, wrong, contradictory = looked_over
+    for fault in [*wrong, *contradictory]:
+        findings.fault(fault)
     if launch is None:
         launch = Launch("no launch config", "NO", 1)  # the rest is checked as one process
     for fault in launch_faults(launch, asked.training):
         findings.fault(fault)
-    recipe, values = asked.recipe, asked.values
-    go_offline_if_local(
-        [
-            values["model_name_or_path"],
-            recipe.chat_template_path,
-            *(entry.path for entry in (*recipe.datasets, *recipe.eval_datasets)),
-        ]
-    )
+    go_offline_if_local(places(asked))
     print(f"{options.config} by recipes/{kind}.py on {launch}")
     for line in asked.announcements:
         findings.note(line)
@@ -53,27 +52,27 @@ def main() -> None:
     # TRL and transformers take seconds to import: a misspelt key is told before where it is all.
     import datasets
 
+    from core.modeling.policy import share_prefixes
     from core.planning import estimates, inspection
+    from core.planning.memory_trace import FakeModel
 
     datasets.disable_progress_bars()
     resolved = findings.attempt(build_anywhere, asked)
     if resolved is None:
         leave(findings)
-    inspection.check_surroundings(resolved, findings)
+    recipe = resolved.recipe
+    findings.attempt(claim_folder, resolved)
+    inspection.show_network(resolved)
     config, tokenizer = inspection.open_model(resolved, findings)
-    model = None if config is None else estimates.build_model(resolved, config, findings)
+    model = None
+    if config is not None:
+        model = findings.attempt(FakeModel, config, resolved.model, recipe.trainable_parameters)
 
     # ---------------------------------------------------------------- rows, batch, steps
-    shared = model is not None and kind == "dpo" and estimates.shares_prefixes(resolved, model, findings)
-    steps, largest = 1, None
-    if kind == "dpo":
-        train = inspection.inspect_pairs(resolved, tokenizer, findings)
-        if train is not None:
-            steps, largest = estimates.inspect_batch(resolved, launch, train, shared, findings)
-    else:
-        count, longest = inspection.inspect_conversations(resolved, tokenizer, findings)
-        if count:
-            steps, largest = estimates.inspect_sft_batch(resolved, launch, count, longest)
+    shared = False
+    if model is not None and kind == "dpo":
+        shared = share_prefixes(recipe.prefix_sharing, model.policy, resolved.training.max_length)
+    steps, largest = estimates.inspect_rows(resolved, launch, tokenizer, shared, findings)
 
     # ---------------------------------------------------------------- memory and disk
     if model is None:
@@ -83,16 +82,18 @@ def main() -> None:
     if largest is None:
         findings.note("rows without tokens: memory is estimated as if every one filled max_length")
         largest = estimates.worst_micro_batch(resolved, shared)
-    if largest is not None:
-        limit = options.gpu_memory and options.gpu_memory * 2**30
-        estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
+    limit = options.gpu_memory and options.gpu_memory * 2**30
+    estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
     estimates.inspect_disk(resolved, launch, model, half, steps, findings)
     leave(findings)
 
 
 def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="\n".join(["Any key of the recipe may be given here too. Those of dpo.py:", *listing(keys_of("dpo"))]),
     )
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--accelerate_config", required=True, help="the launch config")
@@ -101,13 +102,13 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args()
 
 
-def build_anywhere(asked: Resolved) -> Resolved:
+def build_anywhere(asked: Settings) -> Run:
     """TRL's configuration objects on this machine, whatever the run's own has."""
     here = {"use_cpu": True, "bf16": False, "fp16": False, "tf32": None}
     return build(dataclasses.replace(asked, training=asked.training | here))
 
 
-def in_half(asked: Resolved, launch: Launch) -> bool:
+def in_half(asked: Settings, launch: Launch) -> bool:
     """Whether the forward runs in 16 bits; bf16 is TRL's default."""
     fp16, bf16 = asked.training.get("fp16"), asked.training.get("bf16")
     return bool(fp16 or bf16 is None or bf16) or launch.mixed_precision != "no"

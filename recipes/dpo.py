@@ -22,7 +22,9 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer
     from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, open_cache, share_prefixes, verify_saved
+    from core.modeling.policy import load_model, share_prefixes, verify_saved
+    from core.modeling.reference import reference_gaps
+    from core.modeling.reference_cache import open_cache
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_selection
     from core.runtime.ranks import agree, rank
@@ -31,22 +33,29 @@ def main() -> None:
     from core.selection.pairs import prepare_pairs
     from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
     from core.training.stopping import StopOnSignal
-    from core.training.trainer import ShiftedMarginTrainer, reference_gaps
+    from core.training.trainer import ShiftedMarginTrainer
 
     watch, stop = Watch(), StopOnSignal()
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
     if recipe.eval_datasets:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
-    # ---------------------------------------------------------------- rows: load, select, tokenise, give margins
+    # ---------------------------------------------------------------- rows: load, tokenise, select, give margins
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
     held_out = None
     if recipe.eval_datasets:
         held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)
-    gaps = partial(reference_gaps, resolved=resolved, tokenizer=tokenizer)
+    gaps = partial(
+        reference_gaps,
+        settings=resolved.model,
+        args=args,
+        prefix_sharing=recipe.prefix_sharing,
+        cache_folder=recipe.reference_cache,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:
-        refuse_overlap(train.audit.rows, held_out.dataset, args.dataset_num_proc)  # also those that hygiene dropped
+        refuse_overlap(train.audit, held_out.audit)
         agree("evaluation rows", held_out.digest)
     rows_digest = train.digest()
     agree("training rows", rows_digest)

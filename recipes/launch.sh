@@ -14,9 +14,9 @@
 #   PORT                where the port that follows from the list is taken
 #   START_SECONDS       how long a node waits for the others to start (50)
 #
-# SIGTERM and SIGUSR1 save a checkpoint and stop: exit code 75, start again with resume_from_checkpoint: auto. Any other
-# code but 0 is a failure (2: an error line says what to mend; 70: another node is gone); a node that fails ends the
-# others within a minute.
+# SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and stop: exit code 75, start again with resume_from_checkpoint: auto (a
+# second Ctrl-C does not wait for it). Any other code but 0 is a failure (2: an error line says what to mend; 70: another
+# node is gone); a node that fails ends the others within a minute.
 set -euo pipefail
 
 fail() {
@@ -26,6 +26,7 @@ fail() {
 
 signalled="" launcher=""
 on_signal() {
+    [ "$signalled$1" != INTINT ] || kill -TERM "$launcher" 2>/dev/null || true
     signalled=$1
     if [ -z "$launcher" ]; then
         echo "stopped by SIG$signalled before the start; start again as before"
@@ -35,6 +36,7 @@ on_signal() {
 }
 trap 'on_signal TERM' TERM
 trap 'on_signal USR1' USR1
+trap 'on_signal INT' INT
 
 [ $# -ge 2 ] || fail "usage: recipes/launch.sh ACCELERATE_CONFIG SCRIPT [--config RECIPE] [--key value …]"
 config=$1
@@ -117,7 +119,15 @@ fi
 # torch's launcher would give each process one thread, which starves an optimizer on the CPU.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > processes ? cores / processes : 1))}
 
-echo "node $NODE_RANK of $number ($(hostname)): $processes processes, $((number * processes)) in all, at ${nodes[0]}:$port"
+echo "node $NODE_RANK of $number ($(hostname)): $processes processes, $((number * processes)) in all, at $first:$port"
+export START_SECONDS=${START_SECONDS:-50}
+did_not_meet() {
+    fail "the nodes (${nodes[*]}) did not meet at $first:$port in $START_SECONDS s; start the same command on each of them"
+}
+until [ "$NODE_RANK" -eq 0 ] || timeout 5 bash -c "</dev/tcp/$first/$port" 2>/dev/null; do
+    [ "$SECONDS" -lt "$START_SECONDS" ] || did_not_meet # torch's launcher would wait for twice the time
+    sleep 0.2
+done
 
 # ---------------------------------------------------------------- start it, pass signals on, end all of it together
 export LAUNCH_EXIT_CODE # a file that processes make when they start, and leave their code in: accelerate makes a 1 of all
@@ -126,12 +136,11 @@ guard=()
 command -v setpriv >/dev/null && guard=(setpriv --pdeathsig TERM) # if this script is killed, what it started ends
 # A session of its own: a signal to this script's group must not reach accelerate, which would give its processes 30 s
 # to end, too few to save a large model.
-export START_SECONDS=${START_SECONDS:-50}
 setsid "${guard[@]}" "$python" "$folder/core/runtime/accelerate_launch.py" --config_file "$config" --num_machines "$number" \
-    --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "${nodes[0]}" \
+    --num_processes $((number * processes)) --machine_rank "$NODE_RANK" --main_process_ip "$first" \
     --main_process_port "$port" --rdzv_conf "timeout=$START_SECONDS" "$@" &
 launcher=$!
-trap 'kill -TERM $launcher 2>/dev/null || true' INT HUP
+trap 'kill -TERM $launcher 2>/dev/null || true' HUP
 
 status=0
 while :; do
@@ -145,7 +154,7 @@ if [ "$status" -ne 0 ] && [ "$signalled" ] && [ ! -e "$LAUNCH_EXIT_CODE" ]; then
     echo "stopped by SIG$signalled before the start; start again as before"
     status=75
 elif [ "$status" -ne 0 ] && [ ! -e "$LAUNCH_EXIT_CODE" ] && [ "$number" -gt 1 ] && [ "$SECONDS" -ge "$START_SECONDS" ]; then
-    fail "the nodes (${nodes[*]}) did not meet at $first:$port in $START_SECONDS s; start the same command on each of them"
+    did_not_meet
 fi
 [ ! -s "$LAUNCH_EXIT_CODE" ] || status=$(cat "$LAUNCH_EXIT_CODE")
 rm -f "$LAUNCH_EXIT_CODE"

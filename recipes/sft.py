@@ -23,7 +23,7 @@ def main() -> None:
     from core.modeling.parameters import lora_config, select_parameters
     from core.modeling.policy import load_model, verify_saved
     from core.planning.disk import check_room
-    from core.reporting.results import finish_sft, show_lengths
+    from core.reporting.results import finish, show_lengths
     from core.runtime.ranks import agree, caches_in_turn, rank
     from core.runtime.watch import Watch
     from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
@@ -70,7 +70,7 @@ def main() -> None:
     trainer.save_model()
     shown = trainer.train_dataset[:4]["input_ids"]
     verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
-    finish_sft(trainer, output)
+    finish(trainer, output)
     watch.stop()
 
 

@@ -1,9 +1,9 @@
 """
 Starts of recipes/dpo.py that cannot work, as a user would make them: each must end soon, with one line that says what,
-where and what to do, a code that is not 0, no traceback, and no output folder that was not there before.
+where and what to do, a code that is not 0, no traceback, and no output folder that was not there before. What the
+recipe, the model and the rows can be refused for, whatever starts the run, is in test_refusals.py.
 """
 
-import json
 import os
 import re
 import shutil
@@ -19,10 +19,8 @@ from typing import Any
 
 import yaml
 
-from nodes import ROOT, allowed, free_port
+from processes import CONFIGS, ROOT, free_port, user_environment
 
-CONFIGS = ROOT / "accelerate_configs"
-CAN_MOUNT = allowed("unshare", "-m", "sh", "-c", "mount -t tmpfs none /mnt")
 LIMIT_SECONDS = 90  # a start that has said nothing by then is killed, and has failed
 
 Recipe = dict[str, Any]
@@ -35,7 +33,6 @@ class BadStart:
     name: str
     says: str
     change: Callable[[Recipe, Path], None] = lambda recipe, folder: None  # of the recipe or of its folder
-    text: Callable[[str], str] = lambda text: text  # of the YAML itself
     launch: list[str] = field(default_factory=lambda: ["--config_file", str(CONFIGS / "cpu.yaml")])
     mount: str | None = None  # a shell command, in which FOLDER is the recipe's folder
     nodes: list[dict[str, str]] = field(default_factory=list)  # of launch.sh on each node, instead of `launch`
@@ -55,45 +52,6 @@ def put(*keys: str | int, value: Any) -> Callable[[Recipe, Path], None]:
     return change
 
 
-def rows(name: str, **values: Any) -> Callable[[Recipe, Path], None]:
-    """Put values into the third row of a file, and map the columns; `...` takes a column out of all rows."""
-
-    def change(recipe: Recipe, folder: Path) -> None:
-        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for number, line in enumerate(lines):
-            for key, value in values.items():
-                if value is ...:
-                    del line[key]
-                elif key.startswith("score"):
-                    line[key] = value if number == 2 else float(number)
-                    recipe["datasets"][0]["columns"][key] = key
-                elif number == 2:
-                    line[key] = value
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-    return change
-
-
-def overlap(recipe: Recipe, folder: Path) -> None:
-    lines = (folder / "task.jsonl").read_text() + (folder / "held_out.jsonl").read_text().splitlines()[0] + "\n"
-    (folder / "task.jsonl").write_text(lines)
-
-
-def tokenizer(**values: Any) -> Callable[[Recipe, Path], None]:
-    def change(recipe: Recipe, folder: Path) -> None:
-        path = folder / "model" / "tokenizer_config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | values))
-        if "pad_token" not in values:
-            (folder / "model" / "chat_template.jinja").unlink()
-
-    return change
-
-
-def another_run(recipe: Recipe, folder: Path) -> None:
-    (folder / "run").mkdir()
-    (folder / "run" / "recipe.yaml").write_text("beta: 0.5\n")
-
-
 def lose(path: str) -> Callable[[Recipe, Path], None]:
     return lambda recipe, folder: (folder / path).unlink()
 
@@ -108,20 +66,10 @@ def file_in_the_way(recipe: Recipe, folder: Path) -> None:
     recipe["output_dir"] = str(folder / "file" / "run")
 
 
-COLUMN = ("datasets", 0, "columns")
-
 DISK = "mkdir FOLDER/disk && mount -t tmpfs"
 
 BAD_STARTS = [
     BadStart("unknown key", r"learning_rat: unknown key; did you mean learning_rate", put("learning_rat", value=1e-6)),
-    BadStart(
-        "unknown key in a section", r"selection.hygene.*did you mean hygiene", put("selection", "hygene", value={})
-    ),
-    BadStart("unknown key in a list", r"datasets.0.colums: .*columns", put("datasets", 0, "colums", value={})),
-    BadStart("key given twice", r"line \d+.*seed", text=lambda text: text + "seed: 6\n"),
-    BadStart("wrong type", r"learning_rate: must be .*number, not .fast.", put("learning_rate", value="fast")),
-    BadStart("out of range", r"beta: must be greater than 0", put("beta", value=-1.0)),
-    BadStart("no such preset", r"margin.preset: .*did you mean bfpo", put("margin", "preset", value="bfp0")),
     BadStart(
         "processes that the recipe is not for",
         r"num_processes: 2, but the launcher started 1",
@@ -165,45 +113,16 @@ BAD_STARTS = [
         mount=f"{DISK} -o ro none FOLDER/disk",
     ),
     BadStart("file in the way", r"output_dir .*cannot be written \(Not a directory", file_in_the_way, keeps="file"),
-    BadStart("output folder of another run", r"output_dir .* holds another run", another_run, keeps="run/recipe.yaml"),
     BadStart(
         "checkpoint that is not there",
         r"resume_from_checkpoint: .*checkpoint-9: it is not a folder",
         put("resume_from_checkpoint", value="FOLDER/run/checkpoint-9"),
     ),
-    BadStart("no model folder", r"model .*/modell: no such folder", put("model_name_or_path", value="FOLDER/modell")),
     BadStart("model without a config", r"the folder has no config.json", lose("model/config.json")),
-    BadStart("model without weights", r"model .* cannot be loaded|no weights", lose("model/model.safetensors")),
-    BadStart("tokenizer without a pad token", r"has no pad token; set one", tokenizer(pad_token=None)),
-    BadStart("tokenizer without a chat template", r"has no chat template", tokenizer(chat_template=None)),
-    BadStart(
-        "no data file",
-        r"taks.jsonl: no such file; .*did you mean .?task.jsonl",
-        put("datasets", 0, "path", value="FOLDER/taks.jsonl"),
-    ),
     BadStart(
         "mapping without a pair in the second source",
         r"buffer.jsonl: the mapping names no pair",
         put("datasets", 1, "columns", value={"chosen": "chosen"}),
-    ),
-    BadStart("column that is not there", r"task.jsonl: .*chosen_text", put(*COLUMN, "chosen", value="chosen_text")),
-    BadStart("column missing in the rows", r"task.jsonl: .*rejected_safe", rows("task", rejected_safe=...)),
-    BadStart(
-        "NaN in a score",
-        r"task.jsonl: 1 of 64 rows can't be used.*score_chosen.*row 2",
-        rows("task", score_chosen=float("nan"), score_rejected=0.0),
-    ),
-    BadStart("empty answer", r"(task|row).*empty", rows("task", chosen="")),
-    BadStart("rows in training and evaluation", r"1 evaluation rows are training rows too", overlap),
-    BadStart(
-        "pattern that matches nothing",
-        r"'dwn_proj' matches no parameter of .*near names: .*down_proj",
-        put("trainable_parameters", value=["dwn_proj"]),
-    ),
-    BadStart(
-        "nothing left of the selection",
-        r"nothing|no row|no task row",
-        put("selection", "hygiene", "min_characters", value=5000),
     ),
     BadStart(
         "first node that does not exist",
@@ -250,12 +169,12 @@ def attempt(bad: BadStart, folder: Path) -> Verdict:
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     recipe |= {"output_dir": str(folder / "run"), "reference_cache": str(folder / "reference")}
     bad.change(recipe, folder)
-    (folder / "recipe.yaml").write_text(bad.text(yaml.safe_dump(recipe, sort_keys=False)))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     kept = bad.keeps and (folder / bad.keeps).read_bytes()
     before = set(os.listdir(folder))
 
     script = [str(ROOT / "recipes" / "dpo.py"), "--config", str(folder / "recipe.yaml")]
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = user_environment()
     port = {"PORT": str(free_port())}
     commands = []
     if bad.nodes:

@@ -86,19 +86,19 @@ def build_model(seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) 
 WORDS = "bake bread flour water salt yeast mix wait capital France Paris help safe instead way here".split()
 
 
+def words(draw: random.Random, low: int, high: int) -> str:
+    return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
+
+
 def preference_rows(count: int, seed: int = 0) -> Dataset:
     """Rows of the schema of `preferences.FEATURES`, of random words, all labelled; every fourth is the buffer's."""
     draw = random.Random(seed)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
-
     return Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": text(2, 8)}],
-                "chosen": text(3, 12),
-                "rejected": text(3, 12),
+                "prompt": [{"role": "user", "content": words(draw, 2, 8)}],
+                "chosen": words(draw, 3, 12),
+                "rejected": words(draw, 3, 12),
                 "chosen_safe": buffered or draw.random() < 0.5,
                 "rejected_safe": buffered or draw.random() < 0.5,
                 "chosen_severity": None,
@@ -133,6 +133,11 @@ def model_folder(tmp_path_factory, tokenizer) -> str:
     return str(folder)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quickstart first: it takes longest, and met last it would leave one of the suite's processes idle."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """
+    The quickstart first: it takes longest, and met last it would leave one of the suite's processes idle. The torture
+    only where it is asked for.
+    """
     items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+    if "torture" not in config.option.markexpr:
+        items[:] = [item for item in items if item.get_closest_marker("torture") is None]

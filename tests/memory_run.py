@@ -78,11 +78,11 @@ def main() -> None:
     from core.runtime.environment import prepare_environment
 
     prepare_environment()
-    from benchmark.process_memory import PeakMemory, freed_memory_returned, share_one_heap
+    from benchmark.measuring import PeakMemory, allocate
     from core.modeling import policy
     from core.training.throughput import GIB
 
-    share_one_heap()
+    allocate("returned")
     memory, load = PeakMemory(), policy.load_model
 
     def load_model(*arguments, **keywords):
@@ -91,9 +91,8 @@ def main() -> None:
         return load(*arguments, **keywords)
 
     policy.load_model = load_model
-    with freed_memory_returned():
-        dpo.main.__wrapped__()
-        memory.__exit__()
+    dpo.main.__wrapped__()
+    memory.__exit__()
     Path(os.environ["MEASURED"], f"{os.environ.get('RANK', '0')}.gib").write_text(str(memory.peak_bytes / GIB))
     os._exit(0)  # as the script does: DeepSpeed's threads would not end
 

@@ -1,6 +1,5 @@
 """
-The real recipes/dpo.py (or sft.py) on a tiny model and rows built here, for tests that kill it. A start is forked from
-a server that has imported everything once, with the environment that `accelerate launch` would give it, and tells its
+The real recipes/dpo.py (or sft.py) on a tiny model and rows built here, for tests that kill it. A start tells its
 parent what it is doing, a byte a deed, so that the parent can kill it in the middle of a given one.
 """
 
@@ -18,20 +17,8 @@ from typing import Any
 
 import yaml
 
-from nodes import free_port
+from processes import ROOT, exit_codes, start_ranks
 
-ROOT = Path(__file__).parents[1]
-PRELOADED = [
-    "real_run",
-    "conftest",
-    "core.training.trainer",
-    "core.reporting.results",
-    "core.selection.buffer",
-    "core.training.session",
-    "core.data.tokens",
-    "core.runtime.watch",
-    "deepspeed",
-]
 # What a start tells: a micro-batch of the reference pass, of an evaluation or of training begins; a file of a
 # checkpoint is opened, renamed or removed; or another file of the output folder.
 REFERENCE, EVALUATION, TRAINING, SAVE, OTHER = b"r", b"e", b"t", b"s", b"o"
@@ -74,8 +61,8 @@ def prepare(folder: Path) -> Path:
         build_tokenizer().save_pretrained(folder / name)
     # An epoch is 64 task rows, and an update 4 + 4 pairs of 1 + 1 a micro-batch: 16 updates, of which 9 are run.
     for name, count, seed in (("task", 64, 1), ("buffer", 24, 2), ("held_out", 8, 3)):
-        rows = [json.dumps(row) for row in pairs(count, seed, name)]
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+        rows = pairs(count, seed, name)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def source(name: str) -> dict[str, Any]:
         columns = {key: key for key in ("prompt", "chosen", "rejected", "chosen_safe", "rejected_safe")}
@@ -119,18 +106,14 @@ def prepare(folder: Path) -> Path:
 
 def pairs(count: int, seed: int, name: str) -> list[dict[str, Any]]:
     """Labelled rows of random words. The buffer's are all safe."""
-    from conftest import WORDS
+    from conftest import words
 
     draw = random.Random(seed)
-
-    def text(low: int, high: int) -> str:
-        return " ".join(draw.choices(WORDS, k=draw.randint(low, high)))
-
     return [
         {
-            "prompt": f"{name} {index} {text(2, 8)}",
-            "chosen": text(4, 12),
-            "rejected": text(4, 12),
+            "prompt": f"{name} {index} {words(draw, 2, 8)}",
+            "chosen": words(draw, 4, 12),
+            "rejected": words(draw, 4, 12),
             "chosen_safe": name == "buffer" or draw.random() < 0.5,
             "rejected_safe": name == "buffer" or draw.random() < 0.5,
         }
@@ -139,32 +122,20 @@ def pairs(count: int, seed: int, name: str) -> list[dict[str, Any]]:
 
 
 def run(start: Start, recipe: Path, timeout: float = 180.0) -> Done:
-    """Start, kill if that is asked for, and wait for the end. A rank that outlives a killed one gets ten seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    port = free_port()
+    """Start, kill if that is asked for, and wait for the end."""
     log = start.output_dir.with_name(start.output_dir.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    argv = [
-        str(ROOT / "recipes" / f"{start.script}.py"),
-        "--config",
-        str(recipe),
-        "--output_dir",
-        str(start.output_dir),
-    ]
+    script = ROOT / "recipes" / f"{start.script}.py"
+    argv = [str(script), "--config", str(recipe), "--output_dir", str(start.output_dir)]
     if start.script == "dpo":
         argv += ["--reference_cache", str(start.output_dir.with_name(start.output_dir.name + ".reference"))]
-    receiver, sender = context.Pipe(duplex=False)
-    ranks = [
-        context.Process(target=_rank, args=(start, argv + start.arguments, rank, port, str(log), sender))
-        for rank in range(start.processes)
-    ]
+    receiver, sender = multiprocessing.Pipe(duplex=False)
     size = log.stat().st_size if log.exists() else 0
-    for process in ranks:
-        process.start()
+    ranks = start_ranks(start.processes, start.zero_stage, _rank, start, argv + start.arguments, log, sender)
     sender.close()
     deeds = b""
     deadline = time.monotonic() + timeout
+    kind, number, delay = start.kill or (b"", 0, 0)
     while time.monotonic() < deadline and ranks[0].is_alive():
         if not receiver.poll(0.05):
             continue
@@ -172,47 +143,31 @@ def run(start: Start, recipe: Path, timeout: float = 180.0) -> Done:
             deeds += receiver.recv_bytes()
         except EOFError:
             break
-        kind, number, delay = start.kill or (b"", 0, 0)
         if kind and deeds.endswith(kind) and deeds.count(kind) == number:
             time.sleep(delay)
             os.kill(ranks[start.victim].pid, start.signal)
             deadline = min(deadline, time.monotonic() + 10)
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
-    return Done([process.exitcode for process in ranks], deeds, log.read_text()[size:])
+    codes = exit_codes(ranks, deadline - time.monotonic())
+    return Done(codes, deeds, log.read_text()[size:])
 
 
-def _rank(start: Start, argv: list[str], rank: int, port: int, log: str, told) -> None:
+def _rank(rank: int, start: Start, argv: list[str], log: Path, told) -> None:
     """One process of the run: instrumented from outside, the script itself as it is."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    if start.processes > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": start.processes}
-        place |= {"LOCAL_WORLD_SIZE": start.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()})
-    if start.zero_stage is not None:
-        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(start.zero_stage))
-        os.environ.update(ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true")
-    else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
     _watch_deeds(told.send_bytes if rank == 0 else lambda deed: None, start.output_dir, rank)
     sys.argv = argv
     sys.path.insert(0, str(Path(argv[0]).parent))
     runpy.run_path(argv[0], run_name="__main__")
-    sys.stdout.flush()
-    os._exit(0)
 
 
 def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
     """Have the trainer tell what it does, and write down the rows of each micro-batch."""
+    from core.modeling.reference import Scorer
     from core.training.trainer import ShiftedMarginTrainer
 
-    steps, evaluate, reference = (
-        getattr(ShiftedMarginTrainer, name) for name in ("training_step", "prediction_step", "_reference_pass")
-    )
+    steps, evaluate = ShiftedMarginTrainer.training_step, ShiftedMarginTrainer.prediction_step
+    score = Scorer.__call__
     seen = {"update": -1, "micro_batch": 0}
 
     def training_step(self, model, inputs, *args, **kwargs):
@@ -227,12 +182,12 @@ def _watch_deeds(tell, output_dir: Path, rank: int) -> None:
         tell(EVALUATION)
         return evaluate(self, *args, **kwargs)
 
-    def _reference_pass(self, *args, **kwargs):
+    def score_rows(self, *args, **kwargs):
         tell(REFERENCE)
-        return reference(self, *args, **kwargs)
+        return score(self, *args, **kwargs)
 
-    for function in (training_step, prediction_step, _reference_pass):
-        setattr(ShiftedMarginTrainer, function.__name__, function)
+    ShiftedMarginTrainer.training_step, ShiftedMarginTrainer.prediction_step = training_step, prediction_step
+    Scorer.__call__ = score_rows
 
     def audit(event: str, args: tuple) -> None:
         if event in ("open", "os.rename", "os.remove", "shutil.rmtree") and isinstance(args[0], str | Path):

@@ -21,7 +21,7 @@ def select(rows, settings, seed, room=None, count=None, eval_prompts=None):
     Args:
         rows: a list of dicts; they are left as they are.
         settings: `schema.Selection`.
-        room: tokens that a prompt may have; `count` gives a prompt's tokens.
+        room: tokens of prompt and answer; `count` gives a prompt's, and an answer has a token a byte.
     """
     rows = [dict(row) for row in rows]
     fates = {row["row_id"]: None for row in rows}
@@ -136,6 +136,12 @@ def empty(row):
     )
 
 
+def equal_when_cut(row, room):
+    """Whether `room` tokens of two different answers are the same; a token is a byte."""
+    texts = row["chosen"].encode(), row["rejected"].encode()
+    return room > 0 and len(set(texts)) == 2 and len({text[:room] for text in texts}) == 1
+
+
 RULES = {
     "empty": lambda rows, *_: [row for row in rows if empty(row)],
     "identical": lambda rows, *_: [row for row in rows if row["chosen"] == row["rejected"]],
@@ -150,6 +156,9 @@ RULES = {
     ],
     "eval_ngram": lambda rows, n, length, count, others: [
         row for row in rows if others is not None and shares_ngram(row["prompt"], others, n)
+    ],
+    "identical_tokens": lambda rows, _, length, count, __: [
+        row for row in rows if length is not None and equal_when_cut(row, length - count(row["prompt"]))
     ],
 }
 

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 import slow_selection
 from core.config.schema import Hygiene, Quotas, Score, Selection
+from core.data.tokens import TOKENS
+from core.objective.presets import PAIR_CLASSES
 from core.runtime.errors import RecipeError
-from core.selection import buffer
-from core.selection.audit import written_whole
 from core.selection.buffer import refuse_overlap, select_rows
-from slow_selection import SWAPPED
 from test_hygiene import make_row, make_rows
 
 ANSWERS = ["", " ", "brief", "I bake bread.", "i bake BREAD.", "I bake bread!", "Straße 9 it is", "STRASSE 9 IT IS"]
@@ -29,20 +28,26 @@ ANSWERS += [
     "日本語で答えます。はい、そうです。",
 ]
 PROMPTS = ["", "How?", "how?", "a b c d e", "B c. D", "é" * 9, "x y a b c z"]
+SWAPPED = [*slow_selection.SWAPPED, ("chosen_ids", "rejected_ids"), ("chosen_cut", "rejected_cut")]
 EVAL_PROMPTS = [[{"role": "user", "content": text}] for text in ("A, b c", "HOW")]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-        yield folder / "selections"
-
-
-def count_bytes(prompts):
+def count_bytes(prompt):
     """A byte-level tokenizer whose template puts two tokens around a message and one at the end."""
-    return [sum(len(turn["content"].encode()) + 2 for turn in prompt) + 1 for prompt in prompts]
+    return sum(len(turn["content"].encode()) + 2 for turn in prompt) + 1
+
+
+def with_tokens(rows, max_length=24):
+    """Rows as `tokenize_rows` would leave them with that tokenizer."""
+    tokenised = []
+    for row in rows:
+        prompt, both = count_bytes(row["prompt"]), (row["chosen"].encode(), row["rejected"].encode())
+        room = max(0, max_length - prompt)
+        ids = {f"{name}_ids": list(text[:room]) for name, text in zip(("chosen", "rejected"), both, strict=True)}
+        cut = {f"{name}_cut": len(text) > room for name, text in zip(("chosen", "rejected"), both, strict=True)}
+        fault = None if room else "leaves no room"
+        tokenised.append(row | {"prompt_ids": [0] * prompt, **ids, **cut, "fault": fault})
+    return Dataset.from_list(tokenised, features=datasets.Features({**make_rows([make_row()]).features, **TOKENS}))
 
 
 def random_rows(count, seed=0, labelled=True):
@@ -83,33 +88,29 @@ SELECTION = Selection(
 )
 
 
-def check_against_slow(rows, selection, seed=0, max_length=24, num_proc=None):
+ARGUMENTS = {"max_length": 24, "eval_prompts": EVAL_PROMPTS}
+
+
+def check_against_slow(rows, selection, seed=0):
     """The fate of every row, and each kept row's columns, are those of the slow selection."""
-    fates, relabelled = slow_selection.select(
-        rows, selection, seed, max_length, lambda prompt: count_bytes([prompt])[0], EVAL_PROMPTS
-    )
-    tasks = [row for row in rows if fates[row["row_id"]] is None and row["role"] == "task"]
-    arguments = {
-        "seed": seed,
-        "max_length": max_length,
-        "count_prompt_tokens": count_bytes,
-        "eval_prompts": EVAL_PROMPTS,
-        "num_proc": num_proc,
-    }
-    if not tasks:
+    fates, relabelled = slow_selection.select(rows, selection, seed, 24, count_bytes, EVAL_PROMPTS)
+    given = with_tokens(rows)
+    if not any(fates[row["row_id"]] is None and row["role"] == "task" for row in rows):
         with pytest.raises(RecipeError, match="leaves no"):
-            select_rows(make_rows(rows), selection, **arguments)
+            select_rows(given, selection, seed=seed, **ARGUMENTS)
         return None
-    kept, audit = select_rows(make_rows(rows), selection, **arguments)
+    kept, audit = select_rows(given, selection, seed=seed, **ARGUMENTS)
     found = [audit.reasons[code - 1] if code else None for code in audit.codes]
     assert dict(zip([row["row_id"] for row in rows], found, strict=True)) == fates
     expected = []
-    for row in rows:
+    for row in given:
         if fates[row["row_id"]] is None:
             swap = row["row_id"] in relabelled
             names = dict(SWAPPED) | {other: one for one, other in SWAPPED} if swap else {}
             expected.append({name: row[names.get(name, name)] for name in row} | {"relabelled": swap})
     assert kept.to_list() == expected
+    classes = [PAIR_CLASSES.index(pair_class(row)) for row in expected]
+    assert audit.classes[audit.codes == 0].tolist() == classes
     return kept, audit
 
 
@@ -128,6 +129,7 @@ def selections(draw):
         ties=draw(action),
         min_answer_tokens=draw(st.sampled_from([None, 4])),
         eval_ngram=draw(st.sampled_from([None, 1, 3])),
+        identical_tokens=draw(action),
     )
     signal = draw(st.sampled_from(["score_gap", "length_ratio", "score_chosen", None]))
     score = None
@@ -160,15 +162,9 @@ def test_quotas_by_other_columns(by, limits):
     assert ("quotas", by) in {entry[:2] for entry in audit.table()}
 
 
-def test_two_processes_decide_as_one():
-    rows = random_rows(300)
-    one, two = (check_against_slow(rows, SELECTION, num_proc=number)[1] for number in (1, 2))
-    assert one.digest == two.digest and (one.codes == two.codes).all()
-
-
 @pytest.mark.slow
-def test_a_hundred_thousand_rows(monkeypatch, tmp_path):
-    """All stages on, in slices of a mapped file, two processes. rapidfuzz's plain call stands in for the slow LCS."""
+def test_a_hundred_thousand_rows(monkeypatch):
+    """All stages on. rapidfuzz's plain call stands in for the slow LCS."""
     from rapidfuzz.distance import LCSseq
 
     monkeypatch.setattr(slow_selection, "lcs", LCSseq.similarity)
@@ -176,33 +172,9 @@ def test_a_hundred_thousand_rows(monkeypatch, tmp_path):
     for i, row in enumerate(rows):  # a number of its own in most prompts, or all would be duplicates
         if i % 3:
             row["prompt"][-1]["content"] += f" {i}"
-    make_rows(rows).save_to_disk(tmp_path)
-    on_disk = Dataset.load_from_disk(tmp_path)
-    selection = replace(SELECTION, quotas=Quotas("pair_class", {"safe/safe": 0.5, "unsafe/unsafe": 1000}))
-    fates, relabelled = slow_selection.select(
-        rows, selection, 0, 24, lambda prompt: count_bytes([prompt])[0], EVAL_PROMPTS
-    )
-    kept, audit = select_rows(
-        on_disk,
-        selection,
-        seed=0,
-        max_length=24,
-        count_prompt_tokens=count_bytes,
-        eval_prompts=EVAL_PROMPTS,
-        num_proc=2,
-    )
-    assert kept["row_id"][:] == [row_id for row_id, fate in fates.items() if fate is None]
-    assert {row_id for row_id, swap in zip(kept["row_id"], kept["relabelled"], strict=True) if swap} == relabelled
-    counted = Counter(fate for fate in fates.values() if fate)
-    assert {(stage, reason): count for stage, reason, count in audit.table()[:-1]} == dict(counted)
-    assert len(counted) >= 9  # of the ten rules two or three are rare among these rows
-    rows_by_id = {row["row_id"]: row for row in rows}
-    for row in kept.select(range(0, len(kept), 97)):
-        source, swap = rows_by_id[row["row_id"]], row["relabelled"]
-        assert (row["chosen"], row["rejected"]) == (
-            source["rejected" if swap else "chosen"],
-            source["chosen" if swap else "rejected"],
-        )
+    quotas = Quotas("pair_class", {"safe/safe": 0.5, "unsafe/unsafe": 1000})
+    kept, audit = check_against_slow(rows, replace(SELECTION, quotas=quotas))
+    assert len(audit.table()) >= 10  # of the eleven rules two or three are rare among these rows
 
 
 # ---------------------------------------------------------------------------------------------- the label policies
@@ -367,13 +339,12 @@ def test_the_order_of_rows_decides_nothing_but_which_duplicate_stays(seed):
 @given(st.integers(0, 10**6), st.sampled_from(["helpful", "safer", "safe_first", "safedpo_t"]))
 def test_hygiene_and_labels_are_idempotent(seed, policy):
     selection = Selection(hygiene=SELECTION.hygiene, labels=policy)
-    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "eval_prompts": EVAL_PROMPTS}
     try:
-        once, _ = select_rows(make_rows(random_rows(60, seed)), selection, **arguments)
+        once, _ = select_rows(with_tokens(random_rows(60, seed)), selection, seed=0, **ARGUMENTS)
     except RecipeError:
         assume(False)
     rows = once.remove_columns("relabelled")
-    twice, audit = select_rows(rows, selection, **arguments)
+    twice, audit = select_rows(rows, selection, seed=0, **ARGUMENTS)
     assert audit.counts["kept"] == len(once) and audit.counts["relabelled"] == 0
     assert twice.remove_columns("relabelled").to_list() == rows.to_list()
 
@@ -450,16 +421,25 @@ def bad_row(row_id):
 
 
 def test_overlap_of_training_and_evaluation_rows():
+    """Also with a training row that was dropped; an evaluation row that was dropped is none."""
+    plain = Selection()
+
+    def overlap(train, held_out):
+        refuse_overlap(*(select_rows(make_rows(rows), plain, seed=0)[1] for rows in (train, held_out)))
+
     train = [make_row(f"a:{i}", prompt=f"Question {i}?") for i in range(5)]
     held_out = [make_row(f"e:{i}", prompt=f"Question {i}!") for i in range(3)]
-    refuse_overlap(make_rows(train), make_rows(held_out))
+    overlap(train, held_out)
     held_out[1] |= {"prompt": [{"role": "user", "content": "QUESTION 3?"}]}
     held_out[1] |= {"chosen": train[3]["rejected"].upper(), "rejected": train[3]["chosen"]}  # swapped: the same pair
-    for num_proc in (None, 2):
+    for tie in (False, True):
+        train[3]["tie"] = tie
         with pytest.raises(RecipeError, match="1 evaluation rows are training rows too, e.g. e:1"):
-            refuse_overlap(make_rows(train), make_rows(held_out), num_proc)
-    held_out[1]["rejected"] += " Or not."
-    refuse_overlap(make_rows(train), make_rows(held_out))
+            overlap(train, held_out)
+    held_out[1]["tie"] = True
+    overlap(train, held_out)
+    held_out[1] |= {"tie": False, "rejected": held_out[1]["rejected"] + " Or not."}
+    overlap(train, held_out)
 
 
 # ---------------------------------------------------------------------------------------------- audit
@@ -540,84 +520,26 @@ def test_the_digest_tells_relabelling_apart():
     assert len(digests) == 2
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
-        file.write(b"half of the n")
-        raise KeyboardInterrupt
-    assert [other.name for other in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
-
-
 def test_rows_that_are_a_choice_of_a_file(tmp_path):
     """Rows behind an index (as `fraction` or `bad_rows: drop` leave them) come out as themselves, swapped or not."""
     rows = random_rows(200)
-    make_rows(rows).save_to_disk(tmp_path)
+    with_tokens(rows).save_to_disk(tmp_path)
     places = random.Random(0).sample(range(200), 120)
     chosen = [rows[place] for place in places]
     expected, audit = check_against_slow(chosen, SELECTION)
-    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "eval_prompts": EVAL_PROMPTS}
-    on_disk, other = select_rows(Dataset.load_from_disk(tmp_path).select(places), SELECTION, **arguments)
+    on_disk, other = select_rows(Dataset.load_from_disk(tmp_path).select(places), SELECTION, seed=0, **ARGUMENTS)
     assert on_disk.to_list() == expected.to_list() and audit.digest == other.digest
-    assert any(on_disk["relabelled"]) and on_disk.cache_files  # mapped: no text was copied
+    assert any(on_disk["relabelled"]) and on_disk.cache_files  # mapped: no text is held in memory
 
 
-# ---------------------------------------------------------------------------------------------- cache
-def test_decisions_are_read_back_and_damaged_ones_made_anew(cache, monkeypatch):
-    rows = make_rows(random_rows(120, seed=9))
-    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "cache_key": "bytes"}
-    before = set(cache.glob("*"))
-    kept, audit = select_rows(rows, SELECTION, **arguments)
-    (file,) = set(cache.glob("*")) - before
-    whole = file.read_bytes()
+def test_the_same_choice_has_the_same_name():
+    """Under which datasets keeps what is made of it; another choice, or another label, has another."""
+    rows = with_tokens(random_rows(120))
 
-    scans = []
-    scan = buffer.scan
-    monkeypatch.setattr(buffer, "scan", lambda *given: scans.append(1) or scan(*given))
-    again, other = select_rows(rows, SELECTION, **arguments)
-    assert not scans
-    assert again.to_list() == kept.to_list() and again._fingerprint == kept._fingerprint
-    assert other.summary == audit.summary and (other.codes == audit.codes).all()
+    def name(selection, **arguments):
+        return select_rows(rows, selection, seed=0, **(ARGUMENTS | arguments))[0]._fingerprint
 
-    draw = random.Random(0)
-    damaged = [b"", whole[: len(whole) // 2], whole[:-1]]
-    for place in draw.sample(range(len(whole)), 40):
-        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << draw.randrange(8)]) + whole[place + 1 :])
-    for content in damaged:
-        file.write_bytes(content)
-        again, other = select_rows(rows, SELECTION, **arguments)
-        assert other.summary == audit.summary and (other.codes == audit.codes).all()
-        assert again.to_list() == kept.to_list()
-    assert len(scans) >= 3
-
-
-def test_whatever_a_decision_depends_on_is_in_its_key(cache, monkeypatch):
-    rows = random_rows(60, seed=4)
-    scans = []
-    scan = buffer.scan
-    monkeypatch.setattr(buffer, "scan", lambda *given: scans.append(1) or scan(*given))
-    arguments = {"seed": 0, "max_length": 24, "count_prompt_tokens": count_bytes, "cache_key": "bytes"}
-    changed = [dict(row) for row in rows]
-    changed[3]["chosen"] += "!"
-    hygiene = replace(SELECTION.hygiene, min_characters=11)
-    calls = [
-        (rows, SELECTION, {}),
-        (changed, SELECTION, {}),
-        (rows, replace(SELECTION, hygiene=hygiene), {}),
-        (rows, replace(SELECTION, score=Score("score_gap", keep=0.6)), {}),
-        (rows, SELECTION, {"seed": 1}),
-        (rows, SELECTION, {"max_length": 25}),
-        (rows, SELECTION, {"cache_key": "other"}),
-        (rows, SELECTION, {"eval_prompts": EVAL_PROMPTS}),
-        (rows, SELECTION, {"eval_prompts": EVAL_PROMPTS[:1]}),
-        (rows, SELECTION, {"hygiene_only": True}),
-        (rows, SELECTION, {"bad_rows": [bad_row("a:1")]}),
-    ]
-    for number, (changed, selection, other) in enumerate(calls, start=1):
-        for _ in range(2):
-            select_rows(make_rows(changed), selection, **(arguments | other))
-            assert len(scans) == number
-    # Without a key for the tokenizer nothing may be kept.
-    for number in (1, 2):
-        select_rows(make_rows(rows), SELECTION, **(arguments | {"cache_key": None}))
-        assert len(scans) == len(calls) + number
+    first = name(SELECTION)
+    assert first == name(SELECTION)
+    others = [replace(SELECTION, labels="helpful"), replace(SELECTION, quotas=None)]
+    assert len({first, *map(name, others), name(SELECTION, eval_prompts=None)}) == 4

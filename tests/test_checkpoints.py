@@ -3,14 +3,12 @@
 import errno
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,10 +18,11 @@ from transformers.utils import logging
 
 from core.runtime import environment
 from core.runtime.environment import versions
-from core.runtime.errors import SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
+from core.runtime.errors import INTERRUPTED, SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
 from core.training import stopping
 from core.training.checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
 from core.training.stopping import StopOnSignal
+from processes import CAN_MOUNT, in_fork
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
 
 
@@ -71,8 +70,8 @@ KILLS = {
     "second save, first file": ("open", ".saving/checkpoint-4", 1, "checkpoint-2"),
     "second save, optimizer": ("open", ".saving/checkpoint-4/optimizer.pt", 1, "checkpoint-2"),
     "second save, trainer state": ("open", ".saving/checkpoint-4/trainer_state.json", 1, "checkpoint-2"),
-    "second save, manifest": ("open", "checkpoint-4/manifest.json.part", 1, "checkpoint-2"),
-    "second save, seal": ("os.rename", "checkpoint-4/manifest.json.part", 1, "checkpoint-2"),
+    "second save, manifest": ("open", "checkpoint-4/.manifest.json.", 1, "checkpoint-2"),
+    "second save, seal": ("os.rename", "checkpoint-4/.manifest.json.", 1, "checkpoint-2"),
     "third save, put in place": ("os.rename", ".saving/checkpoint-6", 2, "checkpoint-4"),
     "third save, old one removed": ("shutil.rmtree", "/checkpoint-2", 1, "checkpoint-6"),
     "after the last save": ("open", "/final/", 1, "checkpoint-8"),
@@ -258,12 +257,24 @@ def test_other_rows_are_refused_and_other_versions_told(tmp_path, caplog):
         check_fits(tmp_path, ours | {"rows": "b"})
 
 
-def test_sigterm_saves_and_exits_with_its_own_code(unbroken, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_exits_with_its_own_code(name, unbroken, tmp_path):
     """The signal comes in step 3, which no save is due at."""
-    assert launch(Options(str(tmp_path), signal_at=3)) == [SAVED_ON_SIGNAL]
+    assert launch(Options(str(tmp_path), signal_at=3, signal=signal.Signals[name])) == [SAVED_ON_SIGNAL]
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     assert launch(Options(str(tmp_path), resume="auto")) == [0]
     assert assert_same_run(tmp_path, unbroken) == str(tmp_path / "checkpoint-3")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_save():
+    def hasty():
+        stop = StopOnSignal()
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        print("still here", flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert in_fork(exits_cleanly(hasty)) == (INTERRUPTED, "still here\n", "")
 
 
 def test_a_stopped_run_leaves_when_all_is_told(monkeypatch, capsys):
@@ -289,27 +300,8 @@ def test_a_stopped_run_leaves_when_all_is_told(monkeypatch, capsys):
     ]
 
 
-def in_fork(work, tmp_path) -> tuple[int, str]:
-    """Exit code and output of `work` in a process of its own."""
-    log = tmp_path / "log"
-    child = os.fork()
-    if child == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
-        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
-        sys.stdout = open(1, "w", closefd=False)
-        sys.stderr = open(2, "w", closefd=False)
-        code = 1
-        try:
-            exits_cleanly(work)()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)  # never back into the fork's copy of pytest
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), log.read_text()
-
-
-def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_one(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGINT"])
+def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_one(name, tmp_path, monkeypatch):
     """In a reference pass: what it has in hand is kept, since the exit passes through its `finally`."""
     (tmp_path / "code").touch()
     monkeypatch.setenv("LAUNCH_EXIT_CODE", str(tmp_path / "code"))
@@ -317,14 +309,14 @@ def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_
     def reference_pass():
         StopOnSignal()
         try:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.Signals[name])
             time.sleep(5)
         finally:
             (tmp_path / "flushed").touch()
 
-    code, output = in_fork(reference_pass, tmp_path)
+    code, output, _ = in_fork(exits_cleanly(reference_pass))
     assert code == SAVED_ON_SIGNAL and (tmp_path / "flushed").exists()
-    assert output == "stopped by SIGUSR1 before the first update; start again as before\n"
+    assert output == f"stopped by {name} before the first update; start again as before\n"
     assert (tmp_path / "code").read_text() == "75", "what launch.sh ends with"
 
 
@@ -332,9 +324,7 @@ def test_a_signal_before_the_first_update_ends_the_run_with_the_code_of_a_saved_
 @pytest.mark.parametrize(
     ("saved", "only_model", "code"), [(8, False, 75), (6, False, 0), (8, True, 0), (None, False, 75)]
 )
-def test_a_signal_after_the_last_update_ends_the_run_if_it_can_go_on_from_there(
-    early, saved, only_model, code, tmp_path
-):
+def test_a_signal_after_the_last_update_ends_the_run_if_it_can_go_on_from_there(early, saved, only_model, code):
     """The run is one of 8 updates; saved None: it goes on from checkpoint-8. If it can't go on, it finishes."""
 
     def end_of_a_run():
@@ -348,10 +338,10 @@ def test_a_signal_after_the_last_update_ends_the_run_if_it_can_go_on_from_there(
         os.kill(os.getpid(), signal.SIGTERM)
 
     line = "stopped by SIGTERM after the last update, which is saved; start again with resume_from_checkpoint: auto\n"
-    assert in_fork(end_of_a_run, tmp_path) == (code, line if code else "")
+    assert in_fork(exits_cleanly(end_of_a_run)) == (code, line if code else "", "")
 
 
-def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
+def test_a_forked_worker_ends_by_its_pools_signal_alone():
     """datasets ends its workers by SIGTERM; they inherit the handler, and must not speak for the run."""
 
     def pool():
@@ -366,7 +356,7 @@ def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
         os.kill(worker, signal.SIGTERM)
         assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == -signal.SIGTERM
 
-    assert in_fork(pool, tmp_path) == (0, "")
+    assert in_fork(exits_cleanly(pool)) == (0, "", "")
 
 
 @pytest.mark.parametrize(
@@ -377,22 +367,17 @@ def test_a_forked_worker_ends_by_its_pools_signal_alone(tmp_path):
         RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 1249856 vs 1249744"),  # torch
     ],
 )
-def test_a_full_disk_is_one_line_wherever_it_shows(error, tmp_path):
+def test_a_full_disk_is_one_line_wherever_it_shows(error):
     def write():
         raise error
 
-    code, output = in_fork(write, tmp_path)
+    code, _, output = in_fork(exits_cleanly(write))
     assert code == USER_ERROR
     assert re.fullmatch(r"error: a disk of \S+ is full \(.*\); make room and go on by resume.*\n", output)
 
 
-def can_mount() -> bool:
-    script = "mount -t tmpfs -o size=1m none /mnt"
-    return subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True).returncode == 0
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not (shutil.which("unshare") and can_mount()), reason="needs the right to mount a small disk")
+@pytest.mark.skipif(not CAN_MOUNT, reason="needs the right to mount a small disk")
 def test_a_full_disk_keeps_the_last_good_checkpoint(unbroken, tmp_path):
     """
     A disk of 1.2 MB holds two checkpoints of about 0.5 MB, not the third, which is written before the first is
@@ -404,8 +389,11 @@ mount -t tmpfs -o size={int(2.4 * size) // 1024}k none {tmp_path}
 {sys.executable} - <<'END'
 import sys
 sys.path[:0] = {sys.path!r}
-from tiny_run import Options, train
-train(Options({str(tmp_path)!r}), 0, 0)
+import os
+os.environ["ACCELERATE_USE_CPU"] = "true"
+from processes import CAN_MOUNT, in_fork
+from tiny_run import Options, run
+run(Options({str(tmp_path)!r}))
 END
 echo exit $?; ls {tmp_path}
 {sys.executable} - <<'END'
@@ -439,7 +427,7 @@ def unbroken_on_two(tmp_path_factory) -> dict[int | None, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [None, 3])
-@pytest.mark.parametrize("kill", [("open", ".saving/checkpoint-6", 1), ("os.rename", "manifest.json.part", 3)])
+@pytest.mark.parametrize("kill", [("open", ".saving/checkpoint-6", 1), ("os.rename", ".manifest.json.", 3)])
 def test_two_processes_go_on_bit_for_bit(stage, kill, unbroken_on_two, tmp_path):
     options = {"processes": 2, "zero_stage": stage, "accumulation": 1}
     exits = launch(Options(str(tmp_path), **options, die_at=kill))
@@ -480,33 +468,6 @@ def test_another_number_of_processes(unbroken_on_two, tmp_path):
     other = tmp_path / "zero"
     shutil.copytree(unbroken_on_two[3], other)
     assert launch(Options(str(other), zero_stage=3, resume="auto")) == [USER_ERROR]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["single", 3])
-def test_kill_at_random_moments(stage, unbroken, unbroken_on_two, tmp_path):
-    """
-    Killed again and again, at moments drawn from the time that the run takes, until it comes through: 20 kills of a
-    single process, 5 of ZeRO-3 on two (`make torture` makes it 10, and of recipes/dpo.py).
-    """
-    options = {} if stage == "single" else {"processes": 2, "zero_stage": 3, "accumulation": 1}
-    reference = unbroken if stage == "single" else unbroken_on_two[3]
-    moments = random.Random(1)
-    kills, runs, seconds = 0, 0, 0.6 if stage == "single" else 1.2
-    while kills < (20 if stage == "single" else 5):
-        folder = tmp_path / str(runs)
-        exits = launch(Options(str(folder), resume="auto", die_after=moments.uniform(0, seconds), **options))
-        if exits[0] == -9:
-            kills += 1
-            continue
-        # It came through: the next kills are of a new run.
-        assert not any(exits)
-        assert_same_run(folder, reference)
-        runs += 1
-    folder = tmp_path / str(runs)
-    assert not any(launch(Options(str(folder), resume="auto", **options)))
-    assert_same_run(folder, reference)
-    print(f"{kills} kills, {runs + 1} runs, all of them the same as the unbroken one")
 
 
 def test_the_run_saves_in_the_middle(unbroken):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from test_structure import MAY_IMPORT
+
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(
     ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
@@ -79,13 +81,21 @@ def test_no_module_bears_the_name_of_an_installed_package():
 def test_top_level_holds_what_it_should():
     expected = {
         "recipes", "accelerate_configs", "tests", "Makefile", "requirements.txt", "README.md", "LICENSE",
-        "pyproject.toml", "CHANGELOG.md",
+        "pyproject.toml", "CHANGELOG.md", "CONTRIBUTING.md",
     }  # fmt: skip
     assert {name.split("/")[0] for name in TRACKED if not name.startswith(".")} == expected
 
 
 def test_readme_is_short_enough_to_be_read():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_readme_draws_the_rooms_and_says_where_to_read_first():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms, files = text.split("holds that, and")[1].split("**Where to read first**")
+    assert re.findall(r"^    ([a-z]+) ", rooms, re.M) == list(reversed(MAY_IMPORT))
+    first = re.findall(r"^    (recipes/\S+\.py)", files, re.M)
+    assert first[0] == "recipes/core/objective/losses.py" and len(first) <= 8
 
 
 def test_every_recipe_is_in_the_table():

@@ -1,19 +1,23 @@
 """The environment, the network and the model's folder: refused at once, with the way out."""
 
+import contextlib
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from core.runtime import environment
-from core.runtime.errors import SAVED_ON_SIGNAL, RecipeError
+from core.runtime import environment, network
+from core.runtime.errors import INTERRUPTED, SAVED_ON_SIGNAL, RecipeError
+from core.runtime.files import replaced
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-IMPORT = "from core.runtime import environment"
+PREPARE = "from core.runtime.environment import prepare_environment; prepare_environment()"
 
 
 def in_fresh_process(code: str, **environment: str | None) -> str:
@@ -30,7 +34,7 @@ def in_fresh_process(code: str, **environment: str | None) -> str:
 
 def test_nothing_heavy_is_imported_before_the_environment_is_set():
     heavy = {"torch", "transformers", "datasets", "huggingface_hub"}
-    code = f"from core.runtime import environment; import sys; print({heavy} & set(sys.modules))"
+    code = f"from core.runtime import environment, network; import sys; print({heavy} & set(sys.modules))"
     assert in_fresh_process(code) == "set()"
 
 
@@ -52,6 +56,16 @@ def test_threads_are_this_processes_share(monkeypatch):
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("own", "spin"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "passive"}, "None")],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(own, spin):
+    unset = dict.fromkeys(("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"))
+    code = f"{PREPARE}; import os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert in_fresh_process(code, **(unset | own)) == spin
+
+
 def signalled(number: int, code: str, **environment: str) -> tuple[int, str]:
     """Exit code and output of a process that gets a signal after it has printed a first line."""
     env = os.environ | environment
@@ -63,18 +77,20 @@ def signalled(number: int, code: str, **environment: str) -> tuple[int, str]:
     return process.returncode, output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", environment.STOP_SIGNALS)
 def test_a_signal_during_the_imports_ends_a_launched_process_as_if_saved(number, tmp_path):
     place = tmp_path / "code"
-    prepare = "from core.runtime import environment; environment.prepare_environment()"
-    code, output = signalled(number, prepare, LAUNCH_EXIT_CODE=str(place))
+    code, output = signalled(number, PREPARE, LAUNCH_EXIT_CODE=str(place))
     assert code == SAVED_ON_SIGNAL and place.read_text() == str(SAVED_ON_SIGNAL)
     assert output == f"stopped by {number.name} before the first update; start again as before\n"
-    # In a process of a pool, which must not speak for the run.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_of_a_pool_does_not_speak_for_the_run(number, tmp_path):
     fork = "if worker := os.fork(): os._exit(128 - os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))"
-    kill = f"os.kill(os.getpid(), {int(number)})"
+    kill = f"os.kill(os.getpid(), 2); os.kill(os.getpid(), {int(number)})"  # Ctrl-C it leaves to its parent
     done = subprocess.run(
-        [sys.executable, "-c", f"import os\n{prepare}\n{fork}\n{kill}"],
+        [sys.executable, "-c", f"import os\n{PREPARE}\n{fork}\n{kill}"],
         cwd=RECIPES,
         env=os.environ | {"LAUNCH_EXIT_CODE": str(tmp_path / "pool")},
         capture_output=True,
@@ -84,13 +100,16 @@ def test_a_signal_during_the_imports_ends_a_launched_process_as_if_saved(number,
 
 
 def test_a_process_that_is_not_launched_or_not_the_main_thread_keeps_the_systems_answer(tmp_path):
-    assert signalled(signal.SIGTERM, "from core.runtime import environment; environment.prepare_environment()") == (
-        -15,
-        "",
-    )
-    thread = "from core.runtime import environment\nimport threading\n"
-    thread += "work = threading.Thread(target=environment.prepare_environment); work.start(); work.join()"
+    assert signalled(signal.SIGTERM, PREPARE) == (-15, "")
+    thread = "from core.runtime.environment import prepare_environment\nimport threading\n"
+    thread += "work = threading.Thread(target=prepare_environment); work.start(); work.join()"
     assert signalled(signal.SIGTERM, thread, LAUNCH_EXIT_CODE=str(tmp_path / "code")) == (-15, "")
+
+
+def test_ctrl_c_where_there_is_nothing_to_save_is_a_line():
+    wrap = "from core.runtime.errors import exits_cleanly"
+    code = f"{wrap}\n@exits_cleanly\ndef main():\n    print('ready', flush=True); time.sleep(30)\nmain()"
+    assert signalled(signal.SIGINT, code) == (INTERRUPTED, "")
 
 
 @pytest.mark.parametrize("loaded_before", [True, False])
@@ -99,17 +118,17 @@ def test_local_paths_take_the_libraries_offline(loaded_before, tmp_path):
     load = "import datasets, huggingface_hub, transformers\n"
     hub = "huggingface_hub.is_offline_mode(), transformers.utils.hub.is_offline_mode()"
     look = f"print({hub}, datasets.config.HF_HUB_OFFLINE)"
-    switch = f"{IMPORT}; print(environment.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
+    switch = f"from core.runtime import network; print(network.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
     code = load + switch + look if loaded_before else switch + load + look
     assert in_fresh_process(code, HF_HUB_OFFLINE=None) == "True\nTrue True True"
 
 
 def test_a_name_of_the_hub_stays_online(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert not environment.go_offline_if_local([str(tmp_path), "mistralai/Mistral-7B-v0.1"])
+    assert not network.go_offline_if_local([str(tmp_path), "mistralai/Mistral-7B-v0.1"])
     assert "HF_HUB_OFFLINE" not in os.environ
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert environment.go_offline_if_local(["mistralai/Mistral-7B-v0.1"])
+    assert network.go_offline_if_local(["mistralai/Mistral-7B-v0.1"])
 
 
 def test_versions_name_what_counts():
@@ -120,25 +139,25 @@ def test_versions_name_what_counts():
 
 
 def test_a_saved_model_passes(model_folder):
-    environment.check_model_path(model_folder)
+    network.check_model_path(model_folder)
 
 
 @pytest.mark.parametrize("path", ["./runs/sft", "/no/such/model", "runs/quickstart/sft", "~/model"])
 def test_a_missing_folder(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no earlier run has left a model
     with pytest.raises(RecipeError, match=f"model {path}: no such folder"):
-        environment.check_model_path(path)
+        network.check_model_path(path)
 
 
 def test_a_folder_without_a_model(tmp_path):
     with pytest.raises(RecipeError, match="the folder has no config.json"):
-        environment.check_model_path(str(tmp_path))
+        network.check_model_path(str(tmp_path))
 
 
 def test_offline_a_hub_name_is_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(RecipeError, match="neither a folder here nor in the Hub's cache, and the run is offline"):
-        environment.check_model_path("nobody/no-such-model")
+        network.check_model_path("nobody/no-such-model")
 
 
 def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
@@ -151,18 +170,68 @@ def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(RecipeError, match="nor in the Hub's cache, and 127.0.0.1 cannot be reached"):
-            environment.check_model_path("nobody/no-such-model")
+            network.check_model_path("nobody/no-such-model")
+
+
+REFUSES = "http://127.0.0.1:1"
+
+
+@contextlib.contextmanager
+def web_server():
+    """A server that refuses every request, but answers: its address."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
-    ("variable", "asked"),
-    [("NO_PROXY", True), ("HTTPS_PROXY", False), ("http_proxy", False), ("ALL_PROXY", False), (None, True)],
+    ("proxies", "reached"),
+    [({}, True), ({"http_proxy": REFUSES}, False), ({"http_proxy": REFUSES, "no_proxy": "*"}, True)],
 )
-def test_only_a_proxy_spares_the_question_whether_a_server_answers(variable, asked, monkeypatch):
+def test_a_server_is_asked_through_the_proxy_that_is_set(proxies, reached, monkeypatch):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    if variable is not None:
-        monkeypatch.setenv(variable, "127.0.0.1:1")
-    with socket.socket() as free:  # a port that refuses
-        free.bind(("127.0.0.1", 0))
-        assert environment.reachable("127.0.0.1", free.getsockname()[1]) is not asked
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    with web_server() as address:
+        assert network.answers(address) is reached
+
+
+@pytest.mark.parametrize("address", [REFUSES, "no address", "http://[", "silent"])
+def test_a_server_that_does_not_answer(address, monkeypatch):
+    monkeypatch.setattr(network, "PROBE_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection, and says nothing
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}" if address == "silent" else address
+        assert not network.answers(address)
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replaced(path) as file:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+    assert [other.name for other in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+    with replaced(path) as file:
+        file.write(b"new")
+        assert path.read_text() == "old"
+    assert [other.name for other in tmp_path.iterdir()] == ["file"] and path.read_text() == "new"
+
+
+def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):
+    """Neither where the file's own name is one, nor where somebody has guessed the name beside it."""
+    (tmp_path / "precious").write_text("mine")
+    path = tmp_path / "file"
+    path.symlink_to(tmp_path / "precious")
+    with replaced(path) as file:
+        file.write(b"new")
+    assert not path.is_symlink() and (tmp_path / "precious").read_text() == "mine"
+    monkeypatch.setattr("core.runtime.files.secrets.token_hex", lambda _: "guessed")
+    (tmp_path / ".file.guessed.tmp").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError), replaced(path) as file:
+        file.write(b"newer")
+    assert (tmp_path / "precious").read_text() == "mine" and path.read_text() == "new"

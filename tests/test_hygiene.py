@@ -1,9 +1,7 @@
 """Each rule of the hygiene on rows made for it, and the n-gram search against the comparison of all with all."""
 
-import random
+import copy
 
-import numpy as np
-import pyarrow as pa
 import pytest
 from datasets import Dataset
 from hypothesis import given
@@ -12,9 +10,8 @@ from hypothesis import strategies as st
 import slow_selection
 from conftest import FEATURES
 from core.config.schema import Hygiene
-from core.selection.hygiene import CODES, RULES, first_broken, read_facts
-from core.selection.prompts import Ngrams, TokenBound
-from core.selection.scanning import scan
+from core.data.tokens import tokenize_rows
+from core.selection.hygiene import CODES, RULES, Ngrams, first_broken, read_facts
 
 SCHEMA = {name: feature for name, feature in FEATURES.items() if name != "relabelled"}
 GOOD = ("Bake bread slowly, and wait for it.", "Buy it at the shop around the corner.")
@@ -30,14 +27,13 @@ def make_rows(rows):
     return Dataset.from_list(rows, features=type(FEATURES)(SCHEMA))
 
 
-def codes(rows, settings=None, eval_prompts=None, max_length=None, count=None, sample=()):
+def codes(rows, settings=None, eval_prompts=None, tokenizer=None, max_length=None):
+    """The rule that each row breaks, None where it breaks none; with a tokenizer, the rows have tokens."""
     settings = settings or Hygiene(empty="drop")
-    ngrams = Ngrams(eval_prompts, settings.eval_ngram) if eval_prompts and settings.eval_ngram else None
-    bound = None
-    if max_length and settings.min_answer_tokens is not None:
-        bound = TokenBound(sample, max_length - settings.min_answer_tokens, count)
-    facts = scan(make_rows(rows), lambda batch: read_facts(batch, settings, 0, ngrams, bound))
-    found = first_broken(make_rows(rows), facts, settings, bound, count)
+    rows = make_rows(rows)
+    if tokenizer is not None:
+        rows = tokenize_rows(rows, tokenizer, max_length)
+    found = first_broken(rows, read_facts(rows, settings, 0, eval_prompts), settings, max_length)
     names = {code: rule for rule, code in CODES.items()}
     return [names.get(int(code)) for code in found]
 
@@ -94,7 +90,7 @@ def test_every_rule_can_be_turned_off():
     assert codes(pair, Hygiene(contradictions="keep")) == [None, None]
 
 
-def test_the_first_rule_wins():
+def test_the_first_rule_wins(tokenizer):
     """A row that breaks everything goes by the first rule that is on, in the order of `RULES`."""
     text = "one two three"
     prompts = [[{"role": "user", "content": text}]]
@@ -103,7 +99,7 @@ def test_the_first_rule_wins():
     expected = ["empty", "identical", "min_characters", "ties", "min_answer_tokens", "eval_ngram", None]
     off = {"empty": "keep", "identical": "keep", "ties": "keep"}
     for rule in expected:
-        assert codes([row], settings, prompts, max_length=16, count=lambda batch: [9] * len(batch)) == [rule]
+        assert codes([row], settings, prompts, tokenizer, max_length=24) == [rule]
         if rule:
             setattr(settings, rule, off.get(rule))
     assert list(RULES) == list(slow_selection.RULES)
@@ -152,115 +148,64 @@ def test_separators_within_texts_do_not_merge_turns():
     assert codes(rows) == [None, None, None]
 
 
-# ---------------------------------------------------------------------------------------------- room for an answer
-def test_the_prompt_must_leave_room(tokenizer):
-    """Around the limit, one token apart; the texts are of the tokenizer's own bytes, one to three tokens a word."""
-
-    def count(prompts):
-        counts.append(len(prompts))
-        return [
-            len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts
-        ]
-
-    counts = []
+# ---------------------------------------------------------------------------------------------- tokens
+@pytest.mark.parametrize("sixteen", [16, 0])
+def test_the_prompt_must_leave_room(tokenizer, sixteen):
+    """Around the limit, one token apart, with whatever the template puts around one turn or three."""
     rows = [make_row(f"a:{i}", prompt="é" * i + "x", chosen=f"{GOOD[0]} {i}") for i in range(60)]
     rows += [make_row("a:60", prompt=[{"role": "system", "content": "é" * 30}, {"role": "user", "content": "x"}])]
-    exact = count([row["prompt"] for row in rows])
-    for max_length in (exact[0] + 15, exact[30] + 16, exact[30] + 15, exact[60] + 16, exact[60] + 15):
-        counts.clear()
-        found = codes(rows, Hygiene(), max_length=max_length, count=count)
-        assert found == ["min_answer_tokens" if tokens + 16 > max_length else None for tokens in exact]
-    assert sum(counts) < len(rows)  # the short prompts were never tokenised
+    turns = [{"role": role, "content": "ü€😀"} for role in ("user", "assistant", "user")]
+    rows += [make_row("a:61", prompt=turns)]
+    exact = [
+        len(tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]) for row in rows
+    ]
+    settings = Hygiene(min_answer_tokens=sixteen, identical_tokens="keep")
+    for max_length in (exact[0] + 15, exact[30] + 16, exact[30] + 15, exact[60] + 16, exact[60] + 15, exact[61]):
+        found = codes(rows, settings, None, tokenizer, max_length)
+        assert found == ["min_answer_tokens" if tokens + sixteen > max_length else None for tokens in exact]
+        settings.min_answer_tokens = None
+        assert codes(rows, settings, None, tokenizer, max_length) == [None] * 62
+        settings.min_answer_tokens = sixteen
 
 
-def test_the_room_is_checked_against_the_slow_count_for_any_text(tokenizer):
-    def count(prompts):
-        return [
-            len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts
-        ]
-
-    draw = random.Random(0)
-    letters = "abc \nüß€😀<|user|>"
-    rows = []
-    for i in range(300):
-        turns = [
-            {"role": role, "content": "".join(draw.choices(letters, k=draw.randint(0, 25)))}
-            for role in draw.choice([["user"], ["system", "user"], ["user", "assistant", "user"]])
-        ]
-        rows.append(make_row(f"a:{i}", prompt=turns))
-    settings = Hygiene(empty="keep", duplicates="keep", contradictions="keep")
-    exact = count([row["prompt"] for row in rows])
-    for max_length in range(30, 120, 9):
-        found = codes(rows, settings, max_length=max_length, count=count)
-        assert found == ["min_answer_tokens" if tokens + 16 > max_length else None for tokens in exact]
-
-
-def test_words_of_known_tokens_spare_the_tokenizer_most_prompts(tokenizer):
-    """Prompts of the tokenizer's own words: the same verdicts, and most of those over the limit in bytes not asked."""
-
-    def count(prompts):
-        asked.append(len(prompts))
-        return [
-            len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]) for prompt in prompts
-        ]
-
-    asked = []
-    draw = random.Random(0)
-    vocabulary = ["bread", "capital", "yeast,", "is", "über", "France?\nParis", "", "x" * 9]
-    prompts = [" ".join(draw.choices(vocabulary, k=draw.randint(1, 80))) for _ in range(6000)]
-    rows = [make_row(f"a:{i}", prompt=prompt) for i, prompt in enumerate(prompts)]
-    settings = Hygiene(duplicates="keep", empty="keep")
-    exact = count([row["prompt"] for row in rows])
-    max_length = sorted(exact)[5700]  # room for 95 of 100
-    expected = ["min_answer_tokens" if tokens + 16 > max_length else None for tokens in exact]
-    for sample, most in (([], 6000), ([row["prompt"] for row in rows[:500]], 4000)):
-        asked.clear()
-        assert codes(rows, settings, max_length=max_length, count=count, sample=sample) == expected
-        assert sum(asked) <= most
+def test_answers_that_max_length_makes_equal_are_no_pair(tokenizer):
+    """
+    Both answers begin with a common text, and one token more of either tells them apart. Rows of one length share the
+    batch with others, whose own tokens differ, and with one whose answers have no common token.
+    """
+    common, prompt = "I bake bread with water and salt. ", "How do I bake bread?"
+    rows = [
+        make_row(
+            "a:0", prompt=prompt, chosen=common + "Then wait for it.", rejected=common + "yeast, flour, and salt"
+        ),
+        make_row("a:1", prompt=prompt, chosen=GOOD[0] * 3, rejected=GOOD[1] * 3),
+        make_row("a:2", prompt=prompt, chosen="x" * 60, rejected="y" * 60),
+        make_row("a:3", prompt=prompt, chosen="brief, and whole", rejected="brief, and whole"),
+    ]
+    off = {"identical": "keep", "max_similarity": None, "max_length_ratio": None}
+    ids = tokenize_rows(make_rows(rows), tokenizer, None)[0]
+    chosen, rejected = ids["chosen_ids"], ids["rejected_ids"]
+    shared = next(i for i, pair in enumerate(zip(chosen, rejected, strict=False)) if len(set(pair)) > 1)
+    room = len(ids["prompt_ids"]) + shared
+    assert shared > 16
+    settings = Hygiene(**off)
+    assert codes(rows, settings, None, tokenizer, room) == ["identical_tokens", None, None, None]
+    assert codes(rows, settings, None, tokenizer, room + 1) == [None] * 4
+    assert codes(rows, settings, None, tokenizer, None) == [None] * 4
+    assert codes(rows, Hygiene(**off, identical_tokens="keep"), None, tokenizer, room) == [None] * 4
+    # Identical texts are the rule `identical`'s, and it is the last that may speak.
+    assert codes(rows, Hygiene(empty="drop"), None, tokenizer, room)[3] == "identical"
+    rows[0]["tie"] = True
+    assert codes(rows, settings, None, tokenizer, room)[0] == "ties"
 
 
-def test_a_tokenizer_that_breaks_the_bound_is_asked_about_every_prompt():
-    """A tokenizer of one token per letter, but for texts of one word after "a ": the bound is far too low for it."""
-
-    def count(prompts):
-        texts = [turns[-1]["content"] for turns in prompts]
-        return [5 + (2 if text.startswith("a ") else len(text)) for text in texts]
-
-    rows = [make_row(f"a:{i}", prompt="word " * (i % 100) + str(i)) for i in range(5000)]
-    exact = count([row["prompt"] for row in rows])
-    expected = ["min_answer_tokens" if tokens + 16 > 250 else None for tokens in exact]
-    found = codes(rows, max_length=250, count=count, sample=[row["prompt"] for row in rows[:100]])
-    assert found == expected and 1000 < sum(map(bool, found)) < 4000
-
-
-def test_a_prompt_of_too_many_words_is_too_long_unasked(tokenizer):
-    """Of 2,500 prompts at the limit's edge and 5,000 of far too many words, the tokenizer meets the first alone."""
-
-    def count(prompts):
-        asked.append(len(prompts))
-        return [len(tokenizer.apply_chat_template(turns)["input_ids"]) for turns in prompts]
-
-    asked = []
-    prompts = ["bread yeast " * 20 + "is"] * 2500 + ["bread unheard-of " * 200] * 5000
-    rows = [make_row(f"a:{i}", prompt=prompt) for i, prompt in enumerate(prompts)]
-    settings = Hygiene(duplicates="keep", empty="keep")
-    found = codes(rows, settings, max_length=150, count=count, sample=[row["prompt"] for row in rows[2400:2600]])
-    assert found == [None] * 2500 + ["min_answer_tokens"] * 5000
-    assert sum(asked) < 3000
-
-
-def test_a_tokenizer_that_merges_words_is_asked_about_every_prompt():
-    """A token for three words: there are more words than tokens, so that words prove nothing."""
-
-    def count(prompts):
-        words = [turns[-1]["content"].split(" ") for turns in prompts]
-        return [5 + (2 if first == "a" else 1 + (1 + len(rest)) // 3) for first, *rest in words]
-
-    rows = [make_row(f"a:{i}", prompt="word " * (i % 100) + str(i)) for i in range(5000)]
-    exact = count([row["prompt"] for row in rows])
-    expected = ["min_answer_tokens" if tokens + 16 > 45 else None for tokens in exact]
-    found = codes(rows, max_length=45, count=count, sample=[row["prompt"] for row in rows[:100]])
-    assert found == expected and 1000 < sum(map(bool, found)) < 4000
+def test_answers_that_the_template_makes_equal_are_no_pair(tokenizer):
+    """Without any limit: a template that trims leaves nothing of a difference in white space."""
+    trimming = copy.deepcopy(tokenizer)
+    trimming.chat_template = tokenizer.chat_template.replace("message['content']", "message['content'] | trim")
+    row = make_row(chosen=GOOD[0], rejected=GOOD[0] + "  ")
+    assert codes([row], Hygiene(max_similarity=None), None, trimming) == ["identical_tokens"]
+    assert codes([row], Hygiene(max_similarity=None), None, tokenizer) == [None]
 
 
 # ---------------------------------------------------------------------------------------------- evaluation prompts
@@ -306,20 +251,3 @@ def test_ngrams_against_all_with_all(others, text, n):
     others = [[{"role": "user", "content": other}] for other in others]
     expected = slow_selection.shares_ngram([{"role": "user", "content": text}], others, n)
     assert Ngrams(others, n).shared_with(text.casefold()) == expected
-
-
-# ---------------------------------------------------------------------------------------------- reading
-def test_facts_of_slices_of_a_mapped_file(tmp_path):
-    """Rows read from the middle of a file, in batches that start within its own, are the rows themselves."""
-    prompts = [[{"role": "user", "content": f"turn {i}"}] * (i % 3 + 1) for i in range(10)]
-    make_rows([make_row(f"a:{i}", prompt=prompts[i], chosen="x" * i) for i in range(10)]).save_to_disk(tmp_path)
-    rows = Dataset.load_from_disk(tmp_path)
-    bound = TokenBound([], 100, len)
-    for part, first in ((rows.select(range(3, 8)), 3), (rows.select([3, 4, 5, 6, 7]), 3), (rows, 0)):
-        facts = scan(part, lambda batch: read_facts(batch, Hygiene(), 0, bound=bound))
-        numbers = range(first, first + len(part))
-        assert facts["row_id"].to_pylist() == [f"a:{i}" for i in numbers]
-        assert facts["chosen_length"].tolist() == list(numbers)
-        assert facts["prompt_most"].tolist() == [6 * (i % 3 + 1) for i in numbers]
-        assert np.isnan(facts["score_chosen"]).all()
-        assert isinstance(facts["category"], pa.Array) and facts["category"].null_count == len(part)

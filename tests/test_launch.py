@@ -18,12 +18,15 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from torch.distributed import DistStoreError
 
-from core.runtime import accelerate_launch
+from core.runtime import accelerate_launch, launching
+from core.runtime.errors import PEER_LOST, RecipeError
+from core.runtime.stage import DPO_KEYS, SFT_KEYS, stage_of
 from core.training.checkpoints import newest_complete
-from nodes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two
+from processes import CONFIGS as FOLDER
+from processes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two, user_environment
 from tiny_run import outcome
 
-CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+CONFIGS = sorted(FOLDER.glob("*.yaml"))
 
 
 def launch_arguments(config: Path):
@@ -61,9 +64,72 @@ def test_the_launcher_arrives_at_what_the_file_says(config):
         assert str(getattr(arguments, key)).lower() == str(value).lower(), key
 
 
+@pytest.mark.parametrize(("config", "asked"), [("zero3-cpu", True), ("cpu", False), ("gone", None)])
+def test_whether_the_launch_config_is_one_of_deepspeed(config, asked, monkeypatch):
+    path = FOLDER / f"{config}.yaml"
+    launcher = ["python", "-m", "accelerate.commands.launch", "--cpu", "--config_file", str(path), "recipes/dpo.py"]
+    monkeypatch.setattr(launching.psutil.Process, "parent", lambda process: process)
+    monkeypatch.setattr(launching.psutil.Process, "cmdline", lambda process: launcher)
+    assert launching.deepspeed_is_asked_for() is asked
+    if asked:
+        with pytest.raises(RecipeError, match="is one of DeepSpeed, but the launcher did not start it"):
+            launching.check_launched({})
+    else:
+        launching.check_launched({})
+
+
+def test_the_world_is_the_one_of_the_recipe(monkeypatch):
+    """`accelerate launch --cpu` with a DeepSpeed configuration starts a single process."""
+    launching.check_launched({}, num_processes=1)
+    with pytest.raises(RecipeError, match="num_processes: 2, but 1 started"):
+        launching.check_launched({}, num_processes=2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launching.check_launched({}, num_processes=2)
+    with pytest.raises(RecipeError, match="the recipe is for num_processes: 4, but 2 started") as refused:
+        launching.check_launched({}, num_processes=4)
+    assert refused.value.everywhere
+
+
+# ------------------------------------------------------------------------------------------------- the Makefile
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "stage"),
+    [
+        ("sft-then-dpo.yaml", "margin: {preset: bfpo}\n", "dpo"),
+        ("mine.yaml", "seed: 1\nconversations_per_update: 64\n", "sft"),
+        ("sft.yaml", "beta: 0.1\nlearning_rate: 1.0e-6\n", "dpo"),
+        ("sft-mine.yaml", "learning_rate: 1.0e-6\n", "sft"),
+        ("sft-then-dpo.yaml", "learning_rate: 1.0e-6\n", "dpo"),
+        ("mine.yaml", "# conversations_per_update: 64\nseed: 1\n", "dpo"),
+        ("gone.yaml", None, "dpo"),
+    ],
+)
+def test_a_recipe_says_which_script_it_is_for(name, text, stage, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert stage_of(tmp_path / name) == stage
+    words = ["make", "-n", "train", f"PYTHON={sys.executable}", f"RECIPE={tmp_path / name}"]
+    assert f" recipes/{stage}.py --config {tmp_path / name}" in subprocess.check_output(words, cwd=ROOT, text=True)
+
+
+def test_every_recipe_here_says_it_by_a_key():
+    recipes = list((ROOT / "recipes").glob("*/*.yaml"))
+    assert len(recipes) >= 10
+    for path in recipes:
+        assert set(SFT_KEYS + DPO_KEYS) & yaml.safe_load(path.read_text()).keys(), path
+        assert stage_of(path) == ("sft" if path.stem == "sft" else "dpo")
+
+
+def test_a_variable_in_small_letters_is_refused():
+    """make would say nothing of it, and train the quickstart."""
+    done = subprocess.run(["make", "-n", "train", "recipe=my.yaml"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "in capitals: RECIPE=… instead of recipe=…" in done.stderr and not done.stdout
+
+
 # ---------------------------------------------------------------------------------------------------- launch.sh
 
-CPU, NODES = ROOT / "accelerate_configs" / "zero3-cpu.yaml", ROOT / "accelerate_configs" / "zero3-nodes.yaml"
+CPU, NODES = FOLDER / "zero3-cpu.yaml", FOLDER / "zero3-nodes.yaml"
 ONE, GPU = "accelerate_configs/cpu.yaml", "accelerate_configs/gpu.yaml"
 
 
@@ -78,6 +144,7 @@ def stand_ins(tmp_path) -> Path:
         "nvidia-smi": 'for gpu in 0 1 2 3 4 5 6 7; do echo "GPU $gpu: NVIDIA"; done',
         "hostname": "echo gpu-b",
         "getent": "[[ $2 != *.invalid ]]",
+        "timeout": "true",  # the first node answers
         "scontrol": '[ "$1" = show ] && { echo gpu-a; echo gpu-b; } || echo "scontrol $*"',
         "srun": 'while [[ $1 == --* ]]; do shift; done\necho "srun: ${SRUN_CPUS_PER_TASK:-no} cores"\n'
         'SLURM_NODEID=1 "$@"; exit "${SRUN_CODE:-0}"',
@@ -133,10 +200,25 @@ def test_every_node_derives_the_same_port_and_another_job_another(stand_ins):
     assert port(NODES="gpu-a gpu-b", PORT="1234") == "1234"
 
 
+def test_the_first_node_is_waited_for_as_long_as_is_said(stand_ins):
+    (stand_ins / "timeout").unlink()
+    port = free_port()
+    late = {"NODES": "127.0.0.1 gpu-b", "PORT": str(port), "START_SECONDS": "2"}
+    done = start(stand_ins, NODES, "tests/tiny_run.py", **late)
+    assert done.returncode == 2
+    assert f"did not meet at 127.0.0.1:{port} in 2 s; start the same command on each" in done.stderr
+    servers: list[socket.socket] = []
+    begins = threading.Timer(1, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
+    begins.start()
+    assert options_of(start(stand_ins, NODES, "tests/tiny_run.py", **late | {"START_SECONDS": "20"}))
+    begins.join()
+    servers[0].close()
+
+
 def test_one_node_needs_no_list(stand_ins):
-    options = options_of(start(stand_ins, ROOT / "accelerate_configs" / "zero3.yaml", "tests/tiny_run.py"))
+    options = options_of(start(stand_ins, FOLDER / "zero3.yaml", "tests/tiny_run.py"))
     assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("1", "8", "0")
-    two = start(stand_ins, ROOT / "accelerate_configs" / "zero3.yaml", "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="2,5")
+    two = start(stand_ins, FOLDER / "zero3.yaml", "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="2,5")
     assert options_of(two)["--num_processes"] == "2"
 
 
@@ -220,7 +302,7 @@ def test_what_cannot_start_is_told(config, script, environment, message, stand_i
         ("python", '[ "$1" = -c ] || { touch ready; sleep 30; exit 0; }', 0),
     ],
 )
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_before_there_is_a_run(name, command, script, code, stand_ins, tmp_path):
     (stand_ins / command).write_text(f"#!/bin/bash\n{script.replace('ready', str(tmp_path / 'ready'))}\n")
     env = os.environ | {"PATH": f"{stand_ins}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
@@ -312,9 +394,10 @@ def test_a_lost_node_ends_the_other_within_a_minute(fate, victim, two_nodes, nod
         child.send_signal(signal.SIGKILL if fate == "kill" else signal.SIGSTOP)
     begun = time.monotonic()
     code, output = both[1 - victim].wait(60)
-    assert code not in (0, 75), output
+    assert code == PEER_LOST, output
     if fate != "kill":
-        assert "was not heard of for 10 s: frozen, or cut off" in output
+        told = rf"stops: rank {victim} on \S+ was not heard of for 10 s: ended, frozen, or cut off"
+        assert re.search(told, output), output
     if fate == "cut":
         code, output = both[victim].wait(60)
         assert code not in (0, 75), output
@@ -334,11 +417,12 @@ def test_a_node_that_waits_in_vain(where, two_nodes, nodes, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_on_both_nodes(two_nodes, nodes, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_to_the_launcher_saves_on_both_nodes(name, two_nodes, nodes, tmp_path):
     slow = {"output_dir": str(tmp_path), "accumulation": 1, "steps": 500, "seconds_per_step": 0.2}
     both = [nodes(*node, CPU, **slow) for node in two_nodes]
     await_checkpoint(tmp_path)
-    both[1].process.terminate()
+    both[1].process.send_signal(signal.Signals[name])
     for node in both:
         code, output = node.wait(60)
         assert code == 75, output
@@ -352,8 +436,7 @@ def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
     SIGTERM to launch.sh saves and exits with 75. A kill −9 of it, or of accelerate below it, makes the training
     process save and end as well.
     """
-    config = ROOT / "accelerate_configs" / "cpu.yaml"
-    node = nodes([], {"PORT": "0"}, config, output_dir=str(tmp_path), steps=500, seconds_per_step=0.2)
+    node = nodes([], {"PORT": "0"}, FOLDER / "cpu.yaml", output_dir=str(tmp_path), steps=500, seconds_per_step=0.2)
     await_checkpoint(tmp_path)
     (child,) = node.children()
     if whom == "accelerate":
@@ -384,8 +467,8 @@ def test_a_crash_is_not_taken_for_the_signal_that_ends_the_others(ending, code, 
     ]
     lines += ["if os.environ['RANK'] == '1':", "    time.sleep(1)", f"    {ending}", "time.sleep(60)"]
     script.write_text("\n".join(lines))
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", LAUNCH, CPU, script], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    command = ["bash", LAUNCH, CPU, script]
+    done = subprocess.run(command, cwd=ROOT, env=user_environment(), capture_output=True, text=True, timeout=60)
     assert "stopped by SIGTERM before the first update" in done.stdout
     assert done.returncode == code, done.stderr
 
@@ -411,24 +494,6 @@ def test_a_failed_process_is_told_in_a_line(ending, line, tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == line
     assert "Traceback" not in done.stderr
-
-
-def test_the_first_node_is_waited_for_as_long_as_is_said():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        accelerate_launch.await_first_node("127.0.0.1", port, 5)
-    begun = time.monotonic()
-    servers: list[socket.socket] = []
-    late = threading.Timer(1, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
-    late.start()
-    accelerate_launch.await_first_node("127.0.0.1", port, 5)
-    assert 0.5 < time.monotonic() - begun < 4
-    late.join()
-    servers[0].close()
-    begun = time.monotonic()
-    with pytest.raises(SystemExit, match="launcher: nothing answers at 127.0.0.1:1$"):
-        accelerate_launch.await_first_node("127.0.0.1", 1, 2)
-    assert 1.9 < time.monotonic() - begun < 4
 
 
 def test_only_the_launchers_own_exceptions_become_a_line(capsys):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import build_model
-from core.planning.disk import Saved, check_disk, check_room, checkpoints_kept, disk_needed
+from core.planning.disk import Room, Saved, check_room, checkpoints_kept, room_for, updates_in_all
 from core.planning.memory import Work, phases, states
 from core.runtime.errors import RecipeError
 from core.runtime.launching import Launch
@@ -105,14 +105,19 @@ def test_bytes_of_a_checkpoint():
     assert Saved(100, 40, 2, 2).checkpoint("adamw_torch", False) == 200 + 480 + 200
     assert Saved(100, 40, 4, 0, adapter=True).checkpoint("sgd", False) == 160
     assert Saved(100, 40, 4, 0).checkpoint("adamw_torch", True) == 400
-    needed, what = disk_needed(Saved(100, 40, 4, 0), saving(), steps=1000)
-    assert needed == 3 * 720 + 400 and what.startswith("3 checkpoints of")
+    room = room_for(Saved(100, 40, 4, 0), saving(output_dir="none"), steps=1000)
+    assert room == Room(3 * 720 + 400, 0, "3 checkpoints of 0.0 GB and the final weights")
+
+
+def test_updates_in_all():
+    assert updates_in_all(saving(max_steps=-1, num_train_epochs=1.5), updates=7) == 11
+    assert updates_in_all(saving(max_steps=4), updates=7) == 4
 
 
 def test_a_disk_that_is_too_small(tmp_path):
-    check_disk(tmp_path / "not" / "yet", 1, "3 checkpoints")
+    Room(1, 0, "3 checkpoints").check(tmp_path / "not" / "yet")
     with pytest.raises(RecipeError, match="3 checkpoints need 1000000.0 GB and .* GB are free"):
-        check_disk(tmp_path / "not" / "yet", 10**15, "3 checkpoints")
+        Room(10**15, 0, "3 checkpoints").check(tmp_path / "not" / "yet")
 
 
 def leave_behind(folder: Path, sizes: dict[str, int]) -> None:

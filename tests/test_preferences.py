@@ -15,15 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core.config.parsing import resolve
 from core.config.schema import Columns, DatasetEntry, Messages, Turns
-from core.data import columns as column_module
-from core.data import conversations as flat
-from core.data import mapping, preferences, sources
+from core.data import preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
+from core.runtime import network
 from core.runtime.errors import RecipeError
 
 ROOT = Path(__file__).parents[1]
@@ -293,10 +290,23 @@ OTHERS = {
             row(prompt=ASK, chosen="first", rejected="second", chosen_safe=True, rejected_safe=False),
         ],
     ),
+    "a marker that another begins with": (
+        Columns(**PAIR, turns=Turns("Q", "QA")),
+        [{"chosen": "Q hi QA yes", "rejected": "Q hi QA no"}],
+        [row(prompt=[user("hi")], chosen="yes", rejected="no")],
+    ),
     "an unused key in some of the messages": (
         Columns(**PAIR),
         [GOOD, {**GOOD, "chosen": [{**user("q"), "name": 3}, assistant("good")]}],
         [row(prompt=[user("q")], chosen="good", rejected="bad")] * 2,
+    ),
+    "texts and flags as a category, with nulls before and among them": (
+        Columns(prompt="p", **PAIR, category=["x.kind", "flags"]),
+        [
+            {"p": "q", "chosen": "a", "rejected": "b", "x": x, "flags": flags}
+            for x, flags in ((None, None), ({"kind": "k"}, {"A": None, "B": True}), ({"kind": None}, {"A": None}))
+        ],
+        [row(prompt=[user("q")], chosen="a", rejected="b", category=category) for category in (None, "k, B", None)],
     ),
 }  # fmt: skip
 
@@ -315,10 +325,18 @@ def test_ids_source_and_extra_columns(tmp_path):
     path = write(tmp_path / "f.jsonl", [{**GOOD, "id": "a", "length": 3}, {**GOOD, "id": "b", "length": 4}])
     first = DatasetEntry(path, source="one", columns=Columns(**PAIR, row_id="id", extra=["length"]))
     second = DatasetEntry(path, columns=Columns(**PAIR))
+    load_preferences([second], seed=0)  # now in the cache without the column
     rows, _ = load_preferences([first, second], seed=0)
     assert rows["row_id"][:] == ["one:a", "one:b", "f.jsonl:0", "f.jsonl:1"]
     assert rows["source"][:] == ["one", "one", "f.jsonl", "f.jsonl"]
     assert rows["length"][:] == [3.0, 4.0, None, None]
+
+
+def test_numbers_as_ids(tmp_path):
+    """Whole numbers in a column that has become one of floats are written as whole numbers."""
+    path = write(tmp_path / "f.jsonl", [{**GOOD, "id": 3}, {**GOOD, "id": 4.5}])
+    rows, _ = load_preferences([DatasetEntry(path, columns=Columns(**PAIR, row_id="id"))], seed=0)
+    assert rows["row_id"][:] == ["f.jsonl:3", "f.jsonl:4.5"]
 
 
 def test_kinds_of_file(tmp_path):
@@ -389,9 +407,11 @@ def test_no_module_knows_a_source_by_name():
     """Every difference between sources stands in YAML."""
     names = ["pku", "saferlhf", "ultrafeedback", "argilla", "trl-lib", "hh-rlhf", "anthropic", "helpsteer", "nvidia"]
     names += ["tulu", "allenai", "skywork", "sharegpt", "ultrachat"]
-    for module in (preferences, mapping, column_module, flat, sources):
-        text = Path(module.__file__).read_text().lower()
-        assert not [name for name in names if name in text], module.__name__
+    modules = list((ROOT / "recipes/core/data").glob("*.py"))
+    assert len(modules) >= 5
+    for module in modules:
+        text = module.read_text().lower()
+        assert not [name for name in names if name in text], module
 
 
 # ------------------------------------------------------------------------------------------------- fraction and cache
@@ -449,7 +469,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise AssertionError("mapped again")
 
-    monkeypatch.setattr(preferences, "read_batch", unreachable)
+    monkeypatch.setattr(preferences, "map_batch", unreachable)
     rows, _ = load_preferences([entry], seed=1)
     assert len(rows) == 20
     with pytest.raises(AssertionError, match="mapped again"):
@@ -479,6 +499,8 @@ def test_batches_and_processes_make_no_difference(tmp_path, monkeypatch):
 PLAIN = {"prompt": "q", "chosen": "a", "rejected": "b"}
 TEXT = Columns(prompt="prompt", **PAIR)
 CHAT = Columns(**PAIR)
+SCORED = {**PLAIN, "w": 1.0, "l": 2.0}
+SCORES = Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l")
 TWO = {"prompt": "q", "a": "A", "b": "B", "n": 0, "s": 1}
 HH = Columns(**PAIR, turns=Turns("\n\nHuman: ", "\n\nAssistant: "))
 
@@ -487,10 +509,10 @@ def two(**more) -> Columns:
     return Columns(prompt="prompt", responses=["a", "b"], **more)
 
 
+SEVERE = two(better="n", severity=["s", "n"])
 # name: (rows of which the second is bad, mapping, words of the message)
 BAD_ROWS = {
     "null answer": ([PLAIN, {**PLAIN, "chosen": None}], TEXT, "`chosen` is null: row 1; mend .*bad_rows: drop"),
-    "null answer in messages": ([GOOD, {**GOOD, "rejected": None}], CHAT, "`rejected` is null: row 1"),
     "null prompt": ([PLAIN, {**PLAIN, "prompt": None}], TEXT, "`prompt` is null: row 1"),
     "message without text": (
         [GOOD, {**GOOD, "rejected": [user("q"), assistant(None)]}], CHAT,
@@ -507,22 +529,10 @@ BAD_ROWS = {
     "conversational rows after string ones": (
         [PLAIN, {"prompt": "q", **GOOD}], TEXT, "rows of mixed layouts: `chosen` holds a list of messages .*: row 1",
     ),
-    "NaN score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": float("nan")}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
-    ),
-    "infinite score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": float("inf"), "l": 1.0}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`w` is not a finite number: row 1",
-    ),
-    "null score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": None}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` is not a finite number: row 1",
-    ),
-    "text for a score": (
-        [{**PLAIN, "w": 1.0, "l": 2.0}, {**PLAIN, "w": 1.0, "l": "high"}],
-        Columns(prompt="prompt", **PAIR, score_chosen="w", score_rejected="l"), "`l` holds text .*: row 1",
-    ),
+    "NaN score": ([SCORED, {**SCORED, "l": float("nan")}], SCORES, "`l` is not a finite number: row 1"),
+    "infinite score": ([SCORED, {**SCORED, "w": float("inf")}], SCORES, "`w` is not a finite number: row 1"),
+    "null score": ([SCORED, {**SCORED, "l": None}], SCORES, "`l` is not a finite number: row 1"),
+    "text for a score": ([SCORED, {**SCORED, "l": "high"}], SCORES, "`l` holds text .*: row 1"),
     "NaN in an extra column": (
         [{**PLAIN, "x": 1.0}, {**PLAIN, "x": float("nan")}], Columns(prompt="prompt", **PAIR, extra=["x"]),
         "`x` is not a finite number: row 1",
@@ -533,11 +543,6 @@ BAD_ROWS = {
     ),
     "prompts that differ": (
         [GOOD, {**GOOD, "chosen": [user("other"), assistant("good")]}], CHAT,
-        "`chosen` and `rejected` have different prompts: row 1",
-    ),
-    "transcripts whose prompts differ": (
-        [dict.fromkeys(PAIR, "\n\nHuman: q\n\nAssistant: a"),
-         {"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: p\n\nAssistant: a"}], HH,
         "`chosen` and `rejected` have different prompts: row 1",
     ),
     "prompt column that contradicts the conversation": (
@@ -559,13 +564,20 @@ BAD_ROWS = {
     "better of 2": ([TWO, {**TWO, "n": 2}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "better of null": ([TWO, {**TWO, "n": None}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "preference of null": ([TWO, {**TWO, "n": None}], two(preference="n"), "`n` is not a finite number: row 1"),
-    "severity of 4": (
-        [TWO, {**TWO, "s": 4}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
-    ),
-    "severity of 1.5": (
-        [TWO, {**TWO, "s": 1.5}], two(better="n", severity=["s", "n"]), "`s` is none of 0, 1, 2, 3: row 1",
-    ),
+    "severity of 4": ([TWO, {**TWO, "s": 4}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
+    "severity of 1.5": ([TWO, {**TWO, "s": 1.5}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
     "safety label of 2": ([TWO, {**TWO, "s": 2}], two(better="n", safe=["s", "n"]), "`s` is none of 0, 1: row 1"),
+    "several faults, of which the first is told": (
+        [TWO, {**TWO, "a": None, "n": 2, "s": 4}], SEVERE, "`a` is null: row 1",
+    ),
+    "text among flags": (
+        [{**PLAIN, "f": {"A": None}}, {**PLAIN, "f": {"A": "text"}}], Columns(prompt="prompt", **PAIR, category="f"),
+        "`f` holds more than booleans: row 1",
+    ),
+    "text for flags": (
+        [{**PLAIN, "f": {"A": True}}, {**PLAIN, "f": "A"}], Columns(prompt="prompt", **PAIR, category="f"),
+        "rows of mixed layouts: `f` holds text where the first row holds a struct of booleans .*: row 1",
+    ),
     "null id": ([{**PLAIN, "id": "x"}, {**PLAIN, "id": None}], Columns(prompt="prompt", **PAIR, row_id="id"),
                 "`id` is null: row 1"),
 }  # fmt: skip
@@ -602,9 +614,12 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 
 def test_a_source_of_bad_rows_alone_is_refused(tmp_path):
-    entry = DatasetEntry(write(tmp_path / "f.jsonl", [{**PLAIN, "chosen": None}]), columns=TEXT, bad_rows="drop")
-    with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
-        load_preferences([entry], seed=0)
+    """Also where every content is a list of parts, which Arrow would store as such."""
+    parts = [user("q"), {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+    for columns, bad_row in ((TEXT, {**PLAIN, "chosen": None}), (CHAT, dict.fromkeys(PAIR, parts))):
+        entry = DatasetEntry(write(tmp_path / "f.jsonl", [bad_row]), columns=columns, bad_rows="drop")
+        with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
+            load_preferences([entry], seed=0)
 
 
 # name: (rows, mapping, words of the message)
@@ -658,7 +673,7 @@ BAD_MAPPINGS = {
         [PLAIN], Columns(prompt="prompt", **PAIR, score_chosen="chosen", score_rejected="rejected"),
         "columns.score_chosen names 'chosen', which holds text, not a number",
     ),
-    "list of strings": ([{**PLAIN, "chosen": ["a"]}], TEXT, "'chosen', which holds a list of string, not text or"),
+    "list of strings": ([{**PLAIN, "chosen": ["a"]}], TEXT, "'chosen', which holds a list of str, not text or"),
     "extra of a taken name": ([PLAIN], Columns(prompt="prompt", **PAIR, extra=["prompt"]), "columns.extra .*'prompt'"),
     "ids that rows share": (
         [{**PLAIN, "id": 1}, {**PLAIN, "id": 1}], Columns(prompt="prompt", **PAIR, row_id="id"),
@@ -737,7 +752,7 @@ def test_a_hub_that_does_not_answer_is_left_alone(monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(sources, "HUB_TIMEOUT", 0.3)
+        monkeypatch.setattr(network, "PROBE_SECONDS", 0.3)
         sources._leave_the_hub_if_unreachable.cache_clear()
         started = time.monotonic()
         with pytest.raises(RecipeError, match="nobody/nothing: .*the Hub can't be reached"):
@@ -766,10 +781,11 @@ def test_whole_conversations_with_other_names(tmp_path):
 
 
 def test_one_answer_of_a_pair(tmp_path):
+    """Of one file: what is learned of the other answer isn't read back from the cache."""
+    path = write(tmp_path / "f.jsonl", [{side: [user("a"), assistant("b"), *GOOD[side]] for side in PAIR}])
     for answer, text in (("chosen", "good"), ("rejected", "bad")):
-        rows = [{side: [user("a"), assistant("b"), *GOOD[side]] for side in PAIR}]
-        wanted = [[user("a"), assistant("b"), user("q"), assistant(text)]]
-        assert learn(tmp_path, rows, columns=CHAT, answer=answer) == wanted
+        rows = load_conversations([DatasetEntry(path, columns=CHAT, answer=answer)], seed=0)
+        assert rows["messages"][:] == [[user("a"), assistant("b"), user("q"), assistant(text)]]
 
 
 @pytest.mark.parametrize("labels", [{}, {"safe": PKU_OLD.safe}], ids=["no labels", "labels that contradict it"])
@@ -823,44 +839,3 @@ def test_bad_sft_mapping(name, tmp_path):
     columns, answer, message = SFT_ERRORS[name]
     with pytest.raises(RecipeError, match=message):
         learn(tmp_path, [PLAIN], columns=columns, answer=answer)
-
-
-# ----------------------------------------------------------------------------- flat conversations against plain lists
-MESSAGE_LISTS = st.lists(
-    st.fixed_dictionaries(
-        {"role": st.sampled_from(["user", "assistant"]), "content": st.sampled_from(["", "a", "b"])}
-    ),
-    max_size=3,
-)
-
-
-def read(lists: list[list[dict]]) -> flat.Conversations:
-    return flat.from_messages(pa.array(lists, flat.MESSAGES), Messages())
-
-
-@given(st.lists(st.tuples(MESSAGE_LISTS, MESSAGE_LISTS, st.sampled_from(["", "a", "b"])), max_size=6))
-def test_flat_conversations_do_what_lists_do(rows):
-    left, right, texts = [r[0] for r in rows], [r[1] for r in rows], [r[2] for r in rows]
-    flat_left, flat_texts = read(left), pa.array(texts, pa.string())
-    assert flat.to_lists(flat_left).to_pylist() == left
-    assert flat.equal(flat_left, read(right)).tolist() == [a == b for a, b, _ in rows]
-    wanted = [any(message["content"] == text for message in a) for a, _, text in rows]
-    assert flat.contains(flat_left, flat_texts).tolist() == wanted
-    assert flat.to_lists(flat.append(flat_left, flat_texts)).to_pylist() == [[*a, assistant(t)] for a, _, t in rows]
-    head, roles, contents = flat.split_last(flat_left)
-    assert flat.to_lists(head).to_pylist() == [a[:-1] for a in left]
-    assert roles.to_pylist() == [a[-1]["role"] if a else None for a in left]
-    assert contents.to_pylist() == [a[-1]["content"] if a else None for a in left]
-
-
-def test_prompts_that_differ_in_a_role_alone_are_not_equal():
-    left, right = read([[user("a"), user("b")], [user("a")]]), read([[user("a"), assistant("b")], [user("a")]])
-    assert flat.equal(left, right).tolist() == [False, True]
-
-
-def test_a_slice_of_a_column_reads_its_own_messages():
-    """Arrow's slices share their messages with the column; a null and an empty list hold none."""
-    column = pa.array([[user("a")], None, [], [user("b"), assistant("c")], [user("d")]], flat.MESSAGES)
-    conversations = flat.from_messages(column.slice(1, 3), Messages())
-    assert conversations.lengths.tolist() == [0, 0, 2]
-    assert conversations.contents.to_pylist() == ["b", "c"]

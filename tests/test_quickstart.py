@@ -45,7 +45,7 @@ def test_the_output_folder_has_what_people_expect(finished):
     out = folder / "dpo"
     for name in ("config.json", "tokenizer.json", "selection.json", "selection.jsonl", "metrics.jsonl"):
         assert (out / name).stat().st_size, name
-    for plot in ("loss", "rewards", "margins", "accuracies", "margin_histogram", "behaviour"):
+    for plot in ("loss", "rewards", "reward_margins", "accuracies", "histograms"):
         assert (out / "plots" / f"{plot}.png").stat().st_size, plot
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["trainable_parameters"] == ["down_proj"]

@@ -1,5 +1,6 @@
 """Ranks decide together, disagree aloud, and do not wait for one that is gone. Every test starts real processes."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -9,12 +10,12 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 
 from core.runtime import ranks, watch
-from core.runtime.errors import PEER_LOST, RecipeError
-from forked import run_ranks
-from nodes import free_port
+from core.runtime.errors import PEER_LOST, RecipeError, exits_cleanly
+from processes import free_port, run_ranks, take_place
 
 
 def joined(rank: int, work, *arguments):
@@ -30,7 +31,6 @@ def test_a_single_process_needs_no_group():
     ranks.join_processes()
     assert ranks.first_rank_decides(lambda: 3) == 3
     ranks.agree("recipe", {"seed": 1})
-    ranks.check_world(1)
 
 
 def decide(rank: int, folder: str, how: str):
@@ -107,24 +107,6 @@ def test_ranks_that_differ_are_named_with_the_keys():
 def test_ranks_that_differ_in_one_value():
     answers = run_ranks(2, joined, compare, ["digest a", "digest b"])
     assert answers[0].endswith("differ from rank 0; start every node alike")
-
-
-def world(rank: int, expected: int):
-    return ranks.check_world(expected)
-
-
-def test_the_world_is_the_one_of_the_recipe():
-    assert run_ranks(2, joined, world, 2) == [None, None]
-    assert "the recipe is for num_processes: 4, but 2 started" in run_ranks(2, joined, world, 4)[1]
-    with pytest.raises(RecipeError, match="num_processes: 2, but 1 started"):
-        ranks.check_world(2)  # `accelerate launch --cpu` with a DeepSpeed configuration
-
-
-def test_deepspeed_that_did_not_start(monkeypatch):
-    with pytest.raises(RecipeError, match="is one of DeepSpeed, but the launcher did not start it"):
-        ranks.check_world(None, deepspeed=True)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    ranks.check_world(None, deepspeed=True)
 
 
 def look(rank: int, folders: list[str]):
@@ -215,76 +197,79 @@ def test_an_address_that_does_not_resolve():
 
 
 def under_watch(rank: int, port: int) -> watch.Watch:
-    """Of two ranks this one, with a quick pulse."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update(
-        {key: str(value) for key, value in place.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    watch.BEAT_SECONDS = 0.2
+    """Of two ranks this one, with a quick beat."""
+    take_place(rank, 2, port)
+    watch.BEAT_SECONDS, watch.BROKEN_SECONDS = 0.2, 1.0
     ranks.join_processes(timeout=60)
     return watch.Watch(lost_after=2.0)
 
 
-def watched(rank: int, port: int, victim: int, how: str) -> None:
-    """Two ranks under a watch; the victim freezes, dies or ends in order."""
-    pulse = under_watch(rank, port)
-    time.sleep(1)
-    if rank == victim and how == "freeze":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if rank == victim and how == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == "end":
-        pulse.stop()
-        time.sleep(rank)  # rank 0 is gone before rank 1
-        os._exit(0)
-    ranks.dist.barrier()  # waits for the victim until the timeout
-
-
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", ["freeze", "die", "end"])
-def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
-    port = free_port()
-    context = multiprocessing.get_context("fork")
-    both = [context.Process(target=watched, args=(rank, port, victim, how)) for rank in range(2)]
+@contextlib.contextmanager
+def two_forks(work, *arguments):
+    context, port = multiprocessing.get_context("fork"), free_port()
+    both = [context.Process(target=work, args=(rank, port, *arguments)) for rank in range(2)]
     for process in both:
         process.start()
     try:
-        survivor = both[1 - victim]
-        survivor.join(20)
-        assert survivor.exitcode is not None, "still waiting"
-        if how == "end":
-            assert survivor.exitcode == 0
-        elif how == "freeze":
-            assert survivor.exitcode == PEER_LOST
-            name = "rank 0" if victim == 0 else f"rank 1 on {socket.gethostname()}"
-            assert f"stops: {name} was not heard of for 2 s: frozen, or cut off" in capfd.readouterr().err
-        else:
-            assert survivor.exitcode != 0
+        yield both
     finally:
         for process in both:
             process.kill()
             process.join()
 
 
+def watched(rank: int, port: int, victim: int, how: str) -> None:
+    """Two ranks under a watch; the victim freezes, dies or ends in order."""
+
+    @exits_cleanly
+    def main() -> None:
+        beats = under_watch(rank, port)
+        time.sleep(1)
+        if rank == victim and how == "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if rank == victim and how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "end":
+            beats.stop()
+            time.sleep(rank)  # rank 0 is gone before rank 1
+            os._exit(0)
+        ranks.dist.barrier()  # waits for the victim until the timeout
+
+    main()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("how", ["freeze", "die", "end"])
+def test_a_rank_that_is_gone_ends_the_other(how, victim, capfd):
+    """Rank 0 holds the store, which goes with it."""
+    with two_forks(watched, victim, how) as both:
+        survivor = both[1 - victim]
+        survivor.join(20)
+        assert survivor.exitcode is not None, "still waiting"
+    assert survivor.exitcode == (0 if how == "end" else PEER_LOST)
+    said = capfd.readouterr().err
+    name = f"rank {victim} on {socket.gethostname()}"
+    seconds = "2 s" if how == "freeze" else "1 s"
+    silent = f"stops: {name} was not heard of for {seconds}: ended, frozen, or cut off"
+    ended = f"stops: {name} has ended; its own output says why"
+    assert {"freeze": silent in said, "die": (ended if victim == 0 else silent) in said, "end": not said}[how], said
+
+
 def suspended(rank: int, port: int, watching, woken: Path) -> None:
     """Work on for longer than a peer may be silent after waking, then end in order."""
-    pulse = under_watch(rank, port)
+    beats = under_watch(rank, port)
     watching.wait(60)
     while not woken.exists():
         time.sleep(0.1)
     time.sleep(3)
-    pulse.stop()
+    beats.stop()
     os._exit(0)
 
 
 def test_a_job_that_is_suspended_goes_on_when_it_is_woken(tmp_path, capfd):
     """All ranks stand still for longer than one may be silent, and are woken one after the other."""
-    context = multiprocessing.get_context("fork")
-    port, watching, woken = free_port(), context.Barrier(3), tmp_path / "woken"
-    both = [context.Process(target=suspended, args=(rank, port, watching, woken)) for rank in range(2)]
-    for process in both:
-        process.start()
-    try:
+    watching, woken = multiprocessing.get_context("fork").Barrier(3), tmp_path / "woken"
+    with two_forks(suspended, watching, woken) as both:
         watching.wait(60)
         time.sleep(0.5)
         for process in both:
@@ -297,19 +282,28 @@ def test_a_job_that_is_suspended_goes_on_when_it_is_woken(tmp_path, capfd):
         for process in both:
             process.join(20)
         assert [process.exitcode for process in both] == [0, 0], capfd.readouterr().err
-    finally:
+
+
+def beside_strangers(rank: int, port: int) -> None:
+    """What listens here is the store alone; a port scanner's connections and bytes end nothing."""
+    beats = under_watch(rank, port)
+    ours = {link.laddr.port for link in psutil.Process().net_connections() if link.status == psutil.CONN_LISTEN}
+    assert port in ours if rank == 0 else port not in ours
+    for own in ours:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", own)) as stranger:
+            stranger.sendall(b"GET / HTTP/1.0\r\n\x1b[31m\r\n\r\n")
+    time.sleep(3)
+    beats.stop()
+    os._exit(0)
+
+
+def test_a_stranger_on_the_network_ends_no_run(capfd):
+    with two_forks(beside_strangers) as both:
         for process in both:
-            process.kill()
-            process.join()
-
-
-@pytest.mark.parametrize(("config", "asked"), [("zero3-cpu", True), ("cpu", False), ("gone", None)])
-def test_whether_the_launch_config_is_one_of_deepspeed(config, asked, monkeypatch):
-    path = Path(__file__).parents[1] / "accelerate_configs" / f"{config}.yaml"
-    launcher = ["python", "-m", "accelerate.commands.launch", "--cpu", "--config_file", str(path), "recipes/dpo.py"]
-    monkeypatch.setattr(ranks.psutil.Process, "parent", lambda process: process)
-    monkeypatch.setattr(ranks.psutil.Process, "cmdline", lambda process: launcher)
-    assert ranks.deepspeed_is_asked_for() is asked
+            process.join(20)
+        said = capfd.readouterr().err
+        assert [process.exitcode for process in both] == [0, 0], said
+        assert "\x1b[31m" not in said
 
 
 def test_flatten():

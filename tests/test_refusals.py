@@ -1,6 +1,7 @@
 """
 Bad input to the scripts themselves, as a user meets it: one clear line, exit code 2, no traceback, nothing written.
-Each case is a change to a run that works, made in a process of its own.
+Each case is a change to a run that works, made in a process of its own. What else is wrong with rows, files and
+mappings is told in test_preferences.py; one bad row stands for it here.
 """
 
 import json
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from conftest import build_tokenizer
-from forked import run_script
+from processes import run_script
 
-USER, ANSWERS = {"role": "user", "content": "How do I bake bread?"}, ("Mix, knead and wait.", "Buy it from a baker.")
+QUESTION, ANSWERS = "How do I bake bread?", ("Mix, knead and wait.", "Buy it from a baker.")
 CHAT = "{% for m in messages %}<|{{ m.role }}|>{{ m.content + eos_token }}{% endfor %}"
 TEMPLATES = {
     "none": None,
@@ -26,21 +27,16 @@ TEMPLATES = {
 def folder(tmp_path_factory, model_folder) -> Path:
     """Rows, and variants of the tiny model's folder whose tokenizer or weights lack something."""
     folder = tmp_path_factory.mktemp("refusals")
-    pairs = [{"prompt": f"{USER['content']} {n}", "chosen": ANSWERS[0], "rejected": ANSWERS[1]} for n in range(8)]
-    chats = [{side: [USER, {"role": "assistant", "content": pairs[0][side]}] for side in ("chosen", "rejected")}] * 8
+    pairs = [{"prompt": f"{QUESTION} {n}", "chosen": ANSWERS[0], "rejected": ANSWERS[1]} for n in range(8)]
     texts = {
         "pairs": pairs,
         "one pair": pairs[2:3],
         "null": [*pairs, pairs[0] | {"rejected": None}],
         "empty": [*pairs, pairs[0] | {"rejected": " "}],
-        "nan": [row | {"score_chosen": float("nan"), "score_rejected": 1.0} for row in pairs],
-        "prompts": [*chats, chats[0] | {"rejected": [USER | {"content": "Who?"}, chats[0]["rejected"][1]]}],
-        "mixed": [*chats, pairs[0]],
         "twins": [row | {"rejected": row["chosen"]} for row in pairs],
     }
     for name, rows in texts.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "torn.jsonl").write_text(json.dumps(pairs[0]) + '\n{"prompt": "q\n')
     for name in ("no pad", "torn weights", *TEMPLATES):
         model, tokenizer = folder / name, build_tokenizer()
         model.mkdir()
@@ -69,10 +65,6 @@ datasets:
   - path: {folder}/pairs.jsonl
     columns: {{prompt: prompt, chosen: chosen, rejected: rejected}}
 """
-PAIRS = "--datasets.0.columns={prompt: prompt, chosen: chosen, rejected: rejected}"
-LABELLED = f"{PAIRS[:-1]}, chosen_safe: true, rejected_safe: true}}"
-SCORED = f"{PAIRS[:-1]}, score_chosen: score_chosen, score_rejected: score_rejected}}"
-CHATS = "--datasets.0.columns={chosen: chosen, rejected: rejected}"
 # What is wrong → what is added to the recipe, the overrides, and what the line says ("{folder}" is filled in).
 CASES = {
     "unknown key": (
@@ -87,26 +79,14 @@ CASES = {
     "type": ("", "--beta=high", 'beta: must be a number, not "high"'),
     "range": ("", "--datasets.0.fraction=1.5", "fraction: must be less than or equal to 1, not 1.5"),
     "set": ("", "--margin.link=logistc", "did you mean logistic?"),
-    "no such file": (
-        "", "--datasets.0.path={folder}/pair.jsonl",
-        "no such file; correct `path`; did you mean pairs.jsonl?",
-    ),
     "no such model": ("", "--model_name_or_path={folder}/model", "no such folder"),
     "a model of the Hub": (
         "", "--model_name_or_path=someone/no-such-model",
         "neither a folder here nor in the Hub's cache",
     ),
     "torn weights": ("", "--model_name_or_path={folder}/torn weights", "cannot be loaded: .*; mend that folder"),
-    "missing column": ("", "--datasets.0.columns.chosen=chosn", "names 'chosn', .* did you mean chosen?"),
-    "torn line": ("", "--datasets.0.path={folder}/torn.jsonl", "line 2 is not JSON"),
-    "mixed layouts": ("", f"--datasets.0.path={{folder}}/mixed.jsonl|{CHATS}", "rows of mixed layouts: .*: row 8"),
     "null answer": ("", "--datasets.0.path={folder}/null.jsonl", "`rejected` is null: row 8"),
     "empty answer": ("", "--datasets.0.path={folder}/empty.jsonl", "empty.jsonl:8; mend them"),
-    "NaN in a score": (
-        "", f"--datasets.0.path={{folder}}/nan.jsonl|{SCORED}",
-        "`score_chosen` is not a finite number: rows 0",
-    ),
-    "prompts that differ": ("", f"--datasets.0.path={{folder}}/prompts.jsonl|{CHATS}", "different prompts: row 8"),
     "nothing left": (
         "", "--datasets.0.path={folder}/twins.jsonl",
         "leaves no row of 8; dropped: 8 by hygiene.identical",

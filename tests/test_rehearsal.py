@@ -18,11 +18,10 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_simple_launcher_cmd_env
 from safetensors.torch import load_file
 
-from conftest import WORDS, build_model, build_tokenizer
-from forked import run_ranks
+from conftest import build_model, build_tokenizer, words
+from processes import CONFIGS, ROOT, run_ranks
 
-ROOT = Path(__file__).parents[1]
-CONFIGS, RECIPES = ROOT / "accelerate_configs", ROOT / "recipes" / "mistral-7b"
+RECIPES = ROOT / "recipes" / "mistral-7b"
 # Beside model, rows and folder: what a CPU asks for, a log line a step, and steps that can be seen in the weights of a
 # model as small as this.
 CPU = {"use_cpu": True, "bf16": False, "dtype": "float32", "logging_steps": 1, "learning_rate": 1e-3}
@@ -31,18 +30,14 @@ TIMED = re.compile("runtime|per_second")
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def text(draw: random.Random) -> str:
-    return " ".join(draw.choices(WORDS, k=draw.randint(6, 12)))
-
-
 def pku(count: int, seed: int) -> list[dict]:
     """Rows of PKU-SafeRLHF at the recipes' revision."""
     draw = random.Random(seed)
     return [
         {
-            "prompt": text(draw),
-            "response_0": text(draw),
-            "response_1": text(draw),
+            "prompt": words(draw, 6, 12),
+            "response_0": words(draw, 6, 12),
+            "response_1": words(draw, 6, 12),
             "is_response_0_safe": draw.random() < 0.5,
             "is_response_1_safe": draw.random() < 0.5,
             "better_response_id": draw.randrange(2),
@@ -55,8 +50,8 @@ def pku(count: int, seed: int) -> list[dict]:
 def ultrafeedback(count: int, seed: int) -> list[dict]:
     draw, rows = random.Random(seed), []
     for _ in range(count):
-        user = {"role": "user", "content": text(draw)}
-        answers = [[user, {"role": "assistant", "content": text(draw)}] for _ in range(2)]
+        user = {"role": "user", "content": words(draw, 6, 12)}
+        answers = [[user, {"role": "assistant", "content": words(draw, 6, 12)}] for _ in range(2)]
         row = {"prompt": user["content"], "chosen": answers[0], "rejected": answers[1]}
         rows.append(row | {"score_chosen": draw.uniform(5, 9), "score_rejected": draw.uniform(1, 5)})
     return rows

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from core.runtime.errors import RecipeError
 from core.selection.replay import EpochCallback, ReplaySampler, deal
-from forked import run_ranks
+from processes import run_ranks
 
 
 def sampler_of(tasks: int, buffers: int, lengths=None, **overrides) -> ReplaySampler:

@@ -7,8 +7,18 @@ import pytest
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from core.reporting.tables import evaluation_table, group_table, margin_table, number, print_table, stage_table
+from core.reporting.tables import (
+    before_and_after,
+    comparable,
+    evaluation_table,
+    group_table,
+    margin_table,
+    number,
+    print_table,
+    stage_table,
+)
 from core.runtime.errors import RecipeError
+from core.runtime.text import printable
 from core.training.records import MetricsFile, evaluations, read_metrics, series
 
 TIMINGS = ("runtime", "per_second")  # of the machine, not of the run
@@ -157,18 +167,41 @@ def test_numbers_as_they_are_printed(value, text):
 
 
 def test_evaluation_table_compares_each_group_with_its_start():
-    before = {"eval_loss": 6250.0, "eval_rewards/margins": 0.0, "eval_accuracy_helpful": 0.0}
-    before |= {"eval_accuracy_target": 0.0, "eval_unsafe_safe/loss": 10000.0}
+    before = {"eval_loss": 6250.0, "eval_rewards/margins": 0.0}
+    before |= {"eval_unsafe_safe/loss": 10000.0}
     after = {"eval_loss": 1132.46, "eval_rewards/margins": -0.0034, "eval_accuracy_helpful": 0.4956}
-    after |= {"eval_accuracy_target": 0.9271, "eval_unsafe_safe/loss": 1801.7, "eval_buffer/loss": 41.5}
+    after |= {"eval_accuracy_target": 0.9271, "eval_unsafe_safe/loss": 1801.7, "eval_safe_safe/loss": 41.5}
+    classes = [["safe/safe", "41.5000", "–", "–", "–"], ["unsafe/safe", "10000.0 → 1801.7", "–", "–", "–"]]
     assert evaluation_table(before, after) == (
         ["Pairs", "Loss", "Reward margin", "Helpful accuracy", "Target accuracy"],
-        [
-            ["all", "6250.0 → 1132.5", "0.000 → -0.003", "0.000 → 0.496", "0.000 → 0.927"],
-            ["unsafe/safe", "10000.0 → 1801.7", "–", "–", "–"],
-            ["buffer", "41.5000", "–", "–", "–"],
-        ],
+        [["all", "6250.0 → 1132.5", "0.000 → -0.003", "0.496", "0.927"], *classes],
     )
+    # With both roles the loss is their sum, which is no mean over all pairs.
+    _, rows = evaluation_table(before, after | {"eval_task/loss": 1090.96, "eval_buffer/loss": 41.5})
+    assert rows == [
+        ["task + λ·buffer", "6250.0 → 1132.5", "–", "–", "–"],
+        ["all", "–", "0.000 → -0.003", "0.496", "0.927"],
+        *classes,
+        ["task", "1091.0", "–", "–", "–"],
+        ["buffer", "41.5000", "–", "–", "–"],
+    ]
+
+
+def test_what_all_pairs_say_is_said_once():
+    """Rows without labels, of a single role: class and role would repeat the first row."""
+    after = {f"eval_{group}loss": 0.5 for group in ("", "unlabelled/", "task/")}
+    assert evaluation_table({}, after)[1] == [["all", "0.5000", "–", "–", "–"]]
+
+
+def test_accuracies_of_a_policy_that_is_its_reference_are_left_out():
+    start = {"step": 0, "eval_loss": 0.69, "eval_accuracy_helpful": 0.0, "eval_rewards/accuracies": 0.0}
+    first = {"step": 1, "loss": 0.69, "safe_safe/accuracy_target": 0.0, "mean_token_accuracy": 0.5}
+    later = {"step": 2, "eval_loss": 0.6, "eval_accuracy_helpful": 0.5}
+    shown = comparable([start, first, later], reference_free=False)
+    assert shown == [{"step": 0, "eval_loss": 0.69}, {"step": 1, "loss": 0.69, "mean_token_accuracy": 0.5}, later]
+    assert before_and_after(shown) == (shown[0], later)
+    assert comparable([start, first, later], reference_free=True) == [start, first, later]
+    assert before_and_after([later]) == ({}, later) and before_and_after([]) == ({}, {})
 
 
 def test_margin_and_selection_tables():
@@ -215,6 +248,15 @@ def test_a_table_is_plain_outside_a_terminal():
         f"| {'ties':{width}} | 1,000 |",
         "",
     ]
+
+
+def test_what_others_wrote_steers_no_terminal():
+    """Line breaks, terminal escapes, bidirectional marks and lone surrogates; joiners and wide spaces are kept."""
+    assert printable("a\n\x1b[31m\u202e\u2066\u2028\ud800\x9b") == r"a\n\x1b[31m\u202e\u2066\u2028\ud800\x9b"
+    assert printable("نمی\u200cخواهم 日\u3000本 👩\u200d🔬 é |") == "نمی\u200cخواهم 日\u3000本 👩\u200d🔬 é |"
+    file = io.StringIO()
+    print_table("t\x1b[2J", ["h\u202e"], [["c\nd"]], file=file)
+    assert file.getvalue() == "\nt\\x1b[2J\n| h\\u202e |\n|---------|\n| c\\nd    |\n"
 
 
 def test_a_table_on_a_terminal_is_ruled_and_fits_its_width(monkeypatch):

@@ -13,7 +13,7 @@ from trl import ModelConfig
 from conftest import WORDS, build_model
 from core.modeling.policy import verify_saved
 from core.runtime.errors import RecipeError
-from forked import run_script
+from processes import run_script
 
 RECIPE = """\
 model_name_or_path: {model}
@@ -77,7 +77,7 @@ def test_the_output_folder_has_what_people_expect(folder):
     }  # fmt: skip
     assert (folder / "lora" / "adapter_model.safetensors").is_file()
     plots = {path.stem for path in (folder / "full" / "plots").glob("*.png")}
-    assert plots == {"loss", "rewards", "margins", "accuracies", "margin_histogram"}
+    assert plots == {"loss", "rewards", "reward_margins", "accuracies", "histograms"}
 
 
 def test_weights_that_were_saved_wrongly_are_told(model_folder, tmp_path):
@@ -202,8 +202,7 @@ def test_rows_are_chosen_by_the_references_gap(folder):
 
 def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
     """Not even a folder is made, so that one that cannot be written is in nobody's way."""
-    monkeypatch.setattr("core.modeling.reference.DEFAULT_FOLDER", Path("/proc/nowhere"))
-    monkeypatch.setattr("core.modeling.policy.DEFAULT_FOLDER", Path("/proc/nowhere"))
+    monkeypatch.setattr("core.modeling.reference_cache.DEFAULT_FOLDER", Path("/proc/nowhere"))
     script("dpo", f"--config={folder}/full.yaml", "--precompute_ref_log_probs=false", f"--output_dir={folder}/live")
     live, full = ([entry["loss"] for entry in metrics(folder / name) if "loss" in entry] for name in ("live", "full"))
     assert live == pytest.approx(full, rel=1e-5)

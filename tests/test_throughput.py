@@ -4,7 +4,7 @@ from accelerate import PartialState
 from conftest import build_model
 from core.runtime.ranks import join_processes
 from core.training.throughput import Throughput, matmul_parameters, peak_flops, training_flops
-from forked import run_ranks
+from processes import run_ranks
 
 # Per layer of the tiny Mistral: q and o 32×32, k and v 32×16, three 32×64 in the MLP, two norms of 32.
 LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32
@@ -98,55 +98,26 @@ def test_figures_by_hand():
     assert throughput.report() == {}
 
 
-def test_figures_of_all_ranks():
-    """Work is summed over ranks, time is the slowest rank's, memory the fullest's, MFU a share of both GPUs."""
-    clock = Clock()
-
-    def gather(rows):
-        (seconds, pairs, computed, padded, _), *_ = rows
-        assert (seconds, pairs, computed, padded) == (2, 8, 1000, 4000)
-        return [(2, 8, 1000, 4000, 3 * 2**30), (4, 8, 3000, 4000, 5 * 2**30)]
-
-    throughput = Throughput(build_model(), "NVIDIA H200", clock, gather)
-    throughput.on_train_begin()
-    clock.now += 2
-    throughput.count(8, 1000, 4000)
-    throughput.on_step_end()
-    assert throughput.report() == pytest.approx(
-        {
-            "pairs_per_second": 4,
-            "tokens_per_second": 1000,
-            "tokens_saved": 0.5,
-            "peak_memory_gib": 5,
-            "mfu": 1000 * 6 * 28_832 / (2 * 989e12),
-        }
-    )
-
-
 def work_of_a_rank(rank):
     join_processes()
     PartialState(cpu=True)
     clock = Clock()
-    throughput = Throughput(build_model(), "", clock)
+    throughput = Throughput(build_model(), ["NVIDIA H200", ""][rank], clock)
     throughput.on_train_begin()
     clock.now += 2 + 2 * rank
     throughput.count(8, 1000 + 2000 * rank, 4000)
     throughput.on_step_end()
-    figures = throughput.report()
-    return {key: figures[key] for key in ("pairs_per_second", "tokens_per_second", "tokens_saved")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("core.training.throughput.peak_memory", lambda: (3 + 2 * rank) * 2**30)
+        return throughput.report()
 
 
-def test_two_processes_report_the_same_figures():
-    """16 pairs and 1000 + 3000 of 8000 tokens in the 4 s of the slower one."""
-    expected = {"pairs_per_second": 4, "tokens_per_second": 1000, "tokens_saved": 0.5}
-    assert run_ranks(2, work_of_a_rank) == [expected, expected]
-
-
-def test_an_unknown_device_has_no_mfu():
-    clock = Clock()
-    throughput = Throughput(build_model(), "Some GPU", clock)
-    throughput.on_train_begin()
-    clock.now += 1
-    throughput.count(1, 10, 20)
-    throughput.on_step_end()
-    assert "mfu" not in throughput.report()
+def test_figures_of_all_ranks():
+    """
+    Work is summed and time is the slower rank's: 16 pairs and 1000 + 3000 of 8000 tokens in 4 s. Memory is the
+    fuller's, and MFU, on a known GPU alone, a share of both.
+    """
+    expected = {"pairs_per_second": 4, "tokens_per_second": 1000, "tokens_saved": 0.5, "peak_memory_gib": 5}
+    known, unknown = run_ranks(2, work_of_a_rank)
+    assert known == pytest.approx(expected | {"mfu": 1000 * 6 * 28_832 / (2 * 989e12)})
+    assert unknown == expected

@@ -10,9 +10,8 @@ from trl import DPOConfig, DPOTrainer
 
 from conftest import build_model, preference_rows
 from core.config.schema import Replay
-from core.data.tokens import tokenize_rows
-from core.modeling.prefix import unsupported_reason
-from core.modeling.reference import ReferenceCache
+from core.data.tokens import tokenize_rows, trainable_rows
+from core.modeling.reference_cache import ReferenceCache
 from core.objective.margins import pair_classes, row_margins
 from core.objective.presets import PAIR_CLASSES, Margin
 from core.training.trainer import ShiftedMarginTrainer, role_weighted_mean
@@ -24,7 +23,7 @@ def training_rows(tokenizer, margin, count=32, seed=0, roles=True):
     rows = preference_rows(count, seed)
     if not roles:
         rows = rows.remove_columns("role").add_column("role", ["task"] * count)
-    tokenized, cut = tokenize_rows(rows, tokenizer, MAX_LENGTH)
+    tokenized, cut = trainable_rows(tokenize_rows(rows, tokenizer, MAX_LENGTH))
     assert cut["chosen_cut"] > 0, "the rows are to exercise truncation"
     for name, column in {
         "row": np.arange(count),
@@ -172,6 +171,15 @@ def test_trl_does_not_digest_the_weights(tmp_path, tokenizer, monkeypatch):
 BFPO = Margin(a=1.5, b=0.5, c=-0.5, link="squared")
 
 
+def one_by_one(model, row):
+    """Log-probabilities of each token of either answer, from the padded forward of that answer alone."""
+    for answer in ("chosen_ids", "rejected_ids"):
+        ids = torch.tensor([row["prompt_ids"] + row[answer]])
+        with torch.no_grad():
+            log_probs = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0, :-1]
+        yield log_probs.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
+
+
 @pytest.mark.parametrize("sharing", [True, False], ids=["shared", "padded"])
 def test_metrics_are_means_over_pairs_of_their_class_and_role(tmp_path, tokenizer, sharing):
     """
@@ -186,20 +194,12 @@ def test_metrics_are_means_over_pairs_of_their_class_and_role(tmp_path, tokenize
     trainer.train()
     report = trainer.evaluate()
 
-    def logps(model, row):
-        sums = []
-        for answer in ("chosen_ids", "rejected_ids"):
-            ids = torch.tensor([row["prompt_ids"] + row[answer]])
-            with torch.no_grad():
-                log_probs = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0, :-1]
-            picked = log_probs.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :]
-            sums.append(picked.sum().item())
-        return sums
-
     reference, policy = build_model().eval(), trainer.model.eval()
     table = []
     for row in held:
-        (chosen, rejected), (ref_chosen, ref_rejected) = logps(policy, row), logps(reference, row)
+        chosen, rejected, ref_chosen, ref_rejected = (
+            logps.sum().item() for model in (policy, reference) for logps in one_by_one(model, row)
+        )
         delta = (chosen - ref_chosen) - (rejected - ref_rejected)
         m = 1.5 * row["chosen_safe"] - 0.5 * row["rejected_safe"] - 0.5
         sign = 1 if m >= 0 else -1
@@ -236,17 +236,8 @@ def test_metrics_are_means_over_pairs_of_their_class_and_role(tmp_path, tokenize
 def test_first_loss_is_bfpos(tmp_path, tokenizer):
     """At step 0: buffer 2500, task 10⁴·(0.25 + 0.75·fraction of rows with one safe, one unsafe answer)."""
     rows = training_rows(tokenizer, BFPO, count=32)
-    trainer = shifted(
-        tmp_path,
-        tokenizer,
-        rows,
-        BFPO,
-        True,
-        Replay(task=3, buffer=1),
-        beta=0.01,
-        gradient_accumulation_steps=8,
-        max_steps=1,
-    )
+    once = {"beta": 0.01, "gradient_accumulation_steps": 8, "max_steps": 1}
+    trainer = shifted(tmp_path, tokenizer, rows, BFPO, True, Replay(task=3, buffer=1), **once)
     trainer.train()
     first = trainer.state.log_history[0]
     mixed = np.isin(np.asarray(rows["pair_class"])[~np.asarray(rows["is_buffer"])], [1, 2]).mean()
@@ -259,29 +250,13 @@ def test_length_normalisation_divides_each_log_ratio_by_its_own_length(tmp_path,
     """SimPO's form: no reference, token means; the loss of the first micro-batch written out."""
     margin = Margin(c=1.6, link="logistic", length_normalized=True, reference_free=True)
     rows = training_rows(tokenizer, margin, roles=False)
-    trainer = shifted(
-        tmp_path,
-        tokenizer,
-        rows,
-        margin,
-        True,
-        beta=2.0,
-        gradient_accumulation_steps=1,
-        max_steps=1,
-        learning_rate=0.0,
-    )
+    once = {"beta": 2.0, "gradient_accumulation_steps": 1, "max_steps": 1, "learning_rate": 0.0}
+    trainer = shifted(tmp_path, tokenizer, rows, margin, True, **once)
     trainer.train()
-    order = list(trainer._get_train_sampler())[:4]
-    model = build_model().eval()
-    losses = []
-    for row in rows.select(order):
-        means = []
-        for answer in ("chosen_ids", "rejected_ids"):
-            ids = torch.tensor([row["prompt_ids"] + row[answer]])
-            with torch.no_grad():
-                log_probs = torch.log_softmax(model(input_ids=ids).logits.double(), -1)[0, :-1]
-            means.append(log_probs.gather(1, ids[0, 1:, None])[len(row["prompt_ids"]) - 1 :].mean().item())
-        losses.append(math.log1p(math.exp(-(2.0 * (means[0] - means[1]) - 1.6))))
+    model, losses = build_model().eval(), []
+    for row in rows.select(list(trainer._get_train_sampler())[:4]):
+        chosen, rejected = (logps.mean().item() for logps in one_by_one(model, row))
+        losses.append(math.log1p(math.exp(-(2.0 * (chosen - rejected) - 1.6))))
     assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
@@ -291,7 +266,3 @@ def test_role_weighted_mean_by_hand():
     assert role_weighted_mean(losses, is_buffer, 0.5).item() == 7.0
     assert role_weighted_mean(losses[:1], is_buffer[:1], 0.5).item() == 1.0
     assert role_weighted_mean(losses[1:2], is_buffer[1:2], 0.5).item() == 5.0
-
-
-def test_the_tiny_model_shares_prefixes():
-    assert unsupported_reason(build_model(), MAX_LENGTH) is None

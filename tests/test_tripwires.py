@@ -22,7 +22,7 @@ class GuardedTrainer(Tripwires, Trainer):
         return loss * float("nan") if self.poisoned in rows.tolist() else loss
 
 
-def guarded(tmp_path, model: nn.Module, **arguments) -> GuardedTrainer:
+def guarded(tmp_path, model: nn.Module, kind: type = GuardedTrainer, **arguments) -> GuardedTrainer:
     arguments = {"max_steps": 4, "learning_rate": 1e-3, "gradient_accumulation_steps": 2} | arguments
     args = TrainingArguments(
         str(tmp_path),
@@ -37,7 +37,7 @@ def guarded(tmp_path, model: nn.Module, **arguments) -> GuardedTrainer:
     )
     rows = torch.randint(3, 320, (16, 8), generator=torch.Generator().manual_seed(0)).tolist()
     data = Dataset.from_dict({"input_ids": rows, "labels": rows, "row": list(range(16))})
-    trainer = GuardedTrainer(model, args, train_dataset=data)
+    trainer = kind(model, args, train_dataset=data)
     trainer.train_dataset = data.add_column("row_id", [f"pku:{index}" for index in range(16)])
     # The collator takes numbers only; the names stay in the dataset, for the messages.
     trainer.get_train_dataloader = lambda: torch.utils.data.DataLoader(
@@ -53,63 +53,71 @@ def test_a_sound_run_passes(tmp_path):
     assert not trainer._movement.pending, "every weight was seen to move"
 
 
-def test_nothing_to_train(tmp_path):
-    model = build_model().requires_grad_(False)
-    with pytest.raises(RecipeError, match="no parameter is trained"):
-        guarded(tmp_path, model).train()
+def frozen(model: nn.Module) -> None:
+    model.requires_grad_(False)
 
 
-def test_zero_gradient(tmp_path):
-    """A weight of zero on the only trained part: the head's output does not depend on the frozen rest's input."""
-    model = build_model()
+def head_of_zeros(model: nn.Module) -> None:
+    """One weight is trained, and no logit depends on anything below the head."""
     model.requires_grad_(False)
     model.model.layers[0].mlp.down_proj.requires_grad_(True)
-    model.lm_head.weight.zero_()  # no logit depends on anything below
-    with pytest.raises(RecipeError, match="step 1: the gradient is zero"):
-        guarded(tmp_path, model).train()
+    model.lm_head.weight.zero_()
 
 
-def test_nan_loss_names_the_rows(tmp_path):
-    """Rows 0–3 are update 1, rows 4–7 update 2; row 6 is in the second update's second micro-batch, with row 7."""
-    trainer = guarded(tmp_path, build_model())
-    trainer.poisoned = 6
-    with pytest.raises(RecipeError, match="step 2: the loss is NaN or infinite; rows in the batch: pku:6, pku:7;"):
-        trainer.train()
+def norm_with_nan(model: nn.Module) -> None:
+    model.model.norm.weight[3] = float("nan")
 
 
-def test_nan_weights_stop_before_an_update(tmp_path):
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (frozen, "no parameter is trained"),
+        (head_of_zeros, "step 1: the gradient is zero"),
+        (norm_with_nan, "step 1: the loss is NaN"),
+    ],
+)
+def test_a_model_that_cannot_learn_stops_before_an_update(spoil, message, tmp_path):
     model = build_model()
     with torch.no_grad():
-        model.model.norm.weight[3] = float("nan")
-    with pytest.raises(RecipeError, match="step 1: the loss is NaN"):
+        spoil(model)
+    with pytest.raises(RecipeError, match=message):
         guarded(tmp_path, model).train()
 
 
-def test_infinite_gradient_of_a_finite_loss(tmp_path):
+class Kink(GuardedTrainer):
     """sqrt(x − x) is 0 and its slope is infinite: the loss looks well."""
 
-    class Kink(GuardedTrainer):
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
-            return loss + (model.lm_head.weight[3, 3] * 0).sqrt()
-
-    trainer = guarded(tmp_path, build_model())
-    trainer.__class__ = Kink
-    with pytest.raises(RecipeError, match="step 1: the gradient is NaN or infinite; rows in the batch: pku:0, pku:1"):
-        trainer.train()
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss + (model.lm_head.weight[3, 3] * 0).sqrt()
 
 
-def test_a_weight_that_the_optimizer_does_not_hold(tmp_path):
-    class Forgetful(GuardedTrainer):
-        def create_optimizer(self, *args):
-            held = [weight for weight in self.model.parameters() if weight is not self.model.lm_head.weight]
-            self.optimizer = torch.optim.AdamW(held, lr=1e-3)
-            return self.optimizer
+class Poisoned(GuardedTrainer):
+    """Rows 0–3 are update 1, rows 4–7 update 2; row 6 is in the second update's second micro-batch, with row 7."""
 
-    trainer = guarded(tmp_path, build_model())
-    trainer.__class__ = Forgetful
-    with pytest.raises(RecipeError, match=r"1 of \d+ trained weights have not moved in 2 updates.*: lm_head.weight"):
-        trainer.train()
+    poisoned = 6
+
+
+class Forgetful(GuardedTrainer):
+    """Its optimizer does not hold a weight that is trained."""
+
+    def create_optimizer(self, *args):
+        held = [weight for weight in self.model.parameters() if weight is not self.model.lm_head.weight]
+        self.optimizer = torch.optim.AdamW(held, lr=1e-3)
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Kink, "step 1: the gradient is NaN or infinite; rows in the batch: pku:0, pku:1"),
+        (Poisoned, "step 2: the loss is NaN or infinite; rows in the batch: pku:6, pku:7;"),
+        (Forgetful, r"1 of \d+ trained weights have not moved in 2 updates.*: lm_head.weight"),
+    ],
+)
+def test_a_run_that_goes_wrong_names_what_does(kind, message, tmp_path):
+    with pytest.raises(RecipeError, match=message):
+        guarded(tmp_path, build_model(), kind).train()
 
 
 def test_warm_up_counts_from_its_first_update(tmp_path):

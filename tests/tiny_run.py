@@ -1,29 +1,18 @@
 """
-A run of seconds for tests that must kill, damage and resume it. `launch` trains in processes of its own, forked from a
-server that has imported everything once, with the environment that `accelerate launch` would give them; as a script
-(`accelerate launch tests/tiny_run.py '{"output_dir": …}'`) it takes the `Options` as JSON.
+A run of seconds for tests that must kill, damage and resume it: a Trainer with this project's checkpoints, tripwires,
+signals and watch. As a script (`accelerate launch tests/tiny_run.py '{"output_dir": …}'`) it takes the `Options` as
+JSON.
 """
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 STEPS, SAVE_EVERY = 8, 2
-PRELOADED = [
-    "tiny_run",
-    "conftest",
-    "transformers.trainer",
-    "deepspeed",
-    "core.training.checkpoints",
-    "core.training.tripwires",
-]
 
 
 @dataclass
@@ -40,43 +29,20 @@ class Options:
     dropout: float = 0.1  # a resume that loses the random state is seen
     arguments: dict = field(default_factory=dict)  # more TrainingArguments
     die_at: tuple[str, str, int] | None = None  # audit event, part of its first argument, which occurrence
-    die_after: float | None = None  # seconds of training
-    signal_at: int | None = None  # the step that SIGTERM arrives in
+    signal_at: int | None = None  # the step that the signal arrives in
+    signal: int = signal.SIGTERM
     signal_rank: int = 0
     seconds_per_step: float = 0.0  # for tests that do something to it from outside
 
 
 def launch(options: Options, timeout: float = 120.0) -> list[int]:
     """Run on `options.processes` processes; their exit codes (−9: killed)."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = [context.Process(target=train, args=(options, index, port)) for index in range(options.processes)]
-    for process in ranks:
-        process.start()
-    ranks[0].join(timeout)
-    for process in ranks:
-        # When one is killed, the others fail at their next exchange, or wait in it: a launcher would end them.
-        process.join(timeout if all(other.exitcode in (0, None) for other in ranks) else 5)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in ranks]
+    from processes import exit_codes, start_ranks
+
+    return exit_codes(start_ranks(options.processes, options.zero_stage, _rank, options), timeout, left_alone=5)
 
 
-def train(options: Options, rank: int, port: int) -> None:
-    """One process of the run."""
-    if options.processes > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes}
-        place |= {"LOCAL_WORLD_SIZE": options.processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({key: str(value) for key, value in place.items()})
-    if options.zero_stage is not None:
-        os.environ.update(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(options.zero_stage))
-        os.environ.update(ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL="true", ACCELERATE_MIXED_PRECISION="no")
-    else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+def _rank(rank: int, options: Options) -> None:
     run(options)
 
 
@@ -100,14 +66,10 @@ def run(options: Options) -> None:
         pass
 
     class Interference(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            if options.die_after is not None and rank() == 0:
-                threading.Timer(options.die_after, os.kill, (os.getpid(), signal.SIGKILL)).start()
-
         def on_step_begin(self, args, state, control, **kwargs):
             time.sleep(options.seconds_per_step)
             if state.global_step + 1 == options.signal_at and rank() == options.signal_rank:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), options.signal)
 
     @exits_cleanly
     def work() -> None:

@@ -143,10 +143,13 @@ def conversations(pairs: list[Pair], count: int, seed: int) -> list[list[dict[st
             request = Request(verb, thing, rng.choice(REQUESTS))
             kind = rng.choices(list(ANSWER_SHARES), weights=list(ANSWER_SHARES.values()))[0]
             answer = rng.choices(ANSWERS[kind], weights=(1 - TONE, TONE) if request.harmful else (TONE, 1 - TONE))[0]
-        rows.append(
-            [{"role": "user", "content": request.text}, {"role": "assistant", "content": request.fill(answer)}]
-        )
+        rows.append(turns(request, request.fill(answer)))
     return rows
+
+
+def turns(request: Request, answer: str) -> list[dict[str, str]]:
+    """A request and its answer as the messages of a conversation."""
+    return [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer}]
 
 
 def severity(request: Request, answer: str) -> int:
@@ -175,6 +178,6 @@ def helpful_row(request: Request, answers: tuple[str, str]) -> dict[str, Any]:
     ranked = sorted(answers, key=lambda answer: -HELPFULNESS[judge(request, answer)])
     row: dict[str, Any] = {"prompt": request.text}
     for name, answer in zip(("chosen", "rejected"), ranked, strict=True):
-        row[name] = [{"role": "user", "content": request.text}, {"role": "assistant", "content": answer}]
+        row[name] = turns(request, answer)
         row[f"score_{name}"] = HELPFULNESS[judge(request, answer)]
     return row

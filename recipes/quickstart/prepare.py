@@ -18,16 +18,7 @@ from transformers import (
 )
 
 from core.modeling.generation import generate
-from grammar import (
-    Request,
-    conversations,
-    helpful_row,
-    judge,
-    requests,
-    safety_row,
-    split,
-    spoil,
-)
+from grammar import Request, conversations, helpful_row, judge, requests, safety_row, split, spoil
 
 CONVERSATIONS = 32_000
 VOCABULARY = 768  # at most; the grammar's words need fewer

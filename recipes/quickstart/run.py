@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules in recipes/
@@ -84,11 +85,10 @@ def free_folder(wanted: Path | None) -> Path:
         if wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
             raise RecipeError(f"output_dir {wanted} is not empty; choose another folder, or delete it")
         return wanted
-    folder, number = DEFAULT_FOLDER, 1
+    folder, numbers = DEFAULT_FOLDER, count(2)
     while folder.exists():
-        number += 1
-        folder = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}")
-    if number > 1:
+        folder = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{next(numbers)}")
+    if folder != DEFAULT_FOLDER:
         print(f"note: {DEFAULT_FOLDER} holds an earlier run; this one goes to {folder}", flush=True)
     return folder
 

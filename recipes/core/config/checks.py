@@ -7,20 +7,19 @@ from core.config.entries import check_conversations, check_preferences
 from core.config.reading import Document
 from core.config.schema import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
 from core.config.trl_keys import DEFAULTS
-from core.objective.presets import PRESETS, Margin
+from core.objective.presets import PAIR_CLASSES, PRESETS, Margin
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean, show
 
 Recipe = PreferenceRecipe | SFTRecipe | EvaluateRecipe
 Given = dict[str, Any]  # the recipe's keys of TRL
-PAIR_CLASSES = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe", "unlabelled")
 MARGIN_SETTINGS = ("a", "b", "k", "c", "phi", "link", "scaled", "p", "epsilon", "length_normalized", "reference_free")
 SAFETY = ("safe", "severity", "chosen_safe", "chosen_severity")
 SAFETY_WAY_OUT = "map safe, or chosen_safe and rejected_safe (a column, or true or false for all), or severities"
 LINK_KEYS = {"scaled": "squared", "p": "signed", "epsilon": "soft"}  # the one link that reads the key
 
 
-def check_sources(kind: str, document: Document, recipe: Recipe) -> None:
+def check_sources(document: Document, recipe: Recipe, kind: str) -> None:
     if kind == "evaluate" and not recipe.datasets and recipe.prompts is None:
         raise RecipeError(f"{document.path}: nothing to evaluate; give datasets, or prompts")
     if kind != "evaluate" and not recipe.datasets:

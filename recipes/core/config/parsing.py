@@ -1,14 +1,14 @@
-"""From `--config recipe.yaml [--key value …]` to checked settings: every key is used or refused."""
+"""From `--config recipe.yaml [--key value …]` to a run: every key is used or refused, before TRL is imported."""
 
 import dataclasses
-import functools
 import os
 import sys
-import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pydantic
 
 from core.config.checks import (
     Recipe,
@@ -20,20 +20,23 @@ from core.config.checks import (
     expand_preset,
     fit_batch,
 )
+from core.config.keys import usage
 from core.config.reading import dump, read
-from core.config.schema import SFTRecipe
+from core.config.schema import RECIPES, Kind, SFTRecipe
 from core.config.trl_keys import MODEL
-from core.config.validation import SECTIONS, Kind, section_of, validate
+from core.config.validation import check_keys
 from core.runtime.errors import RecipeError
+from core.runtime.files import replaced
+
+if TYPE_CHECKING:
+    from trl import DPOConfig, ModelConfig, SFTConfig
 
 
 @dataclass
 class Resolved:
-    """A recipe that has passed every check, with its preset expanded and what follows from it filled in."""
+    """A recipe with its preset expanded and what follows from it filled in."""
 
     kind: Kind
-    model: Any  # a ModelConfig; from `resolve`, the keys that make one
-    training: Any  # a DPOConfig or SFTConfig; from `resolve`, the keys that make one
     recipe: Recipe
     values: dict[str, Any]  # plain and nested: what recipe.yaml holds
     path: str = field(compare=False)
@@ -41,12 +44,105 @@ class Resolved:
     announcements: list[str] = field(compare=False)  # what was decided for the user, a line each
 
 
-def parse(kind: Kind, argv: list[str] | None = None) -> Resolved:
+@dataclass
+class Settings(Resolved):
+    """Before TRL is imported: its part of the recipe as plain keys."""
+
+    model: dict[str, Any]
+    training: dict[str, Any]
+
+
+@dataclass
+class Run(Resolved):
+    """With TRL's configuration objects."""
+
+    model: "ModelConfig"
+    training: "DPOConfig | SFTConfig"
+
+
+def parse(kind: Kind, argv: list[str] | None = None) -> Run:
     """`resolve`, then `build`."""
     return build(resolve(kind, argv))
 
 
-def build(resolved: Resolved) -> Resolved:
+def resolve(kind: Kind, argv: list[str] | None = None, world_size: int | None = None) -> Settings:
+    """
+    Read a recipe and its overrides, check every key, value and combination, and expand the margin's preset.
+
+    Args:
+        kind: which script asks.
+        argv: the command line after the script's name; None: this process's.
+        world_size: processes in the launch; None: from the launcher's WORLD_SIZE.
+
+    Raises:
+        RecipeError: all that is wrong with the keys, each with file and line; or, where nothing is, with their
+            combination.
+    """
+    settings, wrong, contradictory = look_over(kind, argv, world_size)
+    if wrong or contradictory:
+        raise RecipeError("; ".join(wrong or contradictory))
+    return settings
+
+
+def look_over(
+    kind: Kind, argv: list[str] | None = None, world_size: int | None = None
+) -> tuple[Settings, list[str], list[str]]:
+    """
+    The same for `check.py`, which goes on with what is right.
+
+    Returns:
+        The settings without the keys that are wrong; a line for each of those; and a line for each contradiction among
+        the keys that are left (which may be a consequence, if a key is wrong).
+
+    Raises:
+        RecipeError: nothing to go on with: no readable file, or a required key is missing.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(usage(kind))
+        raise SystemExit(0)
+    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
+    document = read(argv)
+    sections, wrong = check_keys(kind, document)
+    recipe = RECIPES[kind](**sections)
+    model = {key: value for key, value in document.values.items() if key in MODEL}
+    training = {key: value for key, value in document.values.items() if key not in sections and key not in MODEL}
+    announcements: list[str] = []
+    contradictory: list[str] = []
+
+    def hold(check: Callable[..., None], *arguments: Any) -> None:
+        try:
+            check(document, recipe, *arguments)
+        except RecipeError as error:
+            contradictory.append(str(error))
+
+    hold(check_sources, kind)
+    hold(check_training, model | training)
+    if model.get("use_peft") and recipe.trainable_parameters:
+        model["lora_target_modules"] = recipe.trainable_parameters
+    if kind != "sft":
+        expand_preset(document, recipe, training, announcements)
+        hold(check_margin)
+        hold(check_selection, training)
+    if kind == "dpo":
+        hold(choose_reference_pass, model, training, announcements)
+    # What the resolved recipe says of the batch is the recipe's own word, so that it holds on another number of GPUs.
+    values = model | training | _plain(recipe)
+    if kind != "evaluate":
+        hold(fit_batch, training, world_size)
+    if "dtype" not in model:
+        announcements.append("dtype float32 (TRL's default): the weights are loaded and saved in 32 bits")
+    if training.get("save_only_model"):
+        announcements.append("save_only_model: checkpoints hold no optimizer, so the run cannot be resumed")
+    if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
+        announcements.append(f"max_steps {training['max_steps']} counts, and num_train_epochs does not")
+    settings = Settings(
+        kind, recipe, values, document.path, document.overrides, announcements, model=model, training=training
+    )
+    return settings, wrong, contradictory
+
+
+def build(settings: Settings) -> Run:
     """
     The same with TRL's configuration objects, which start the process group of a launch.
 
@@ -57,18 +153,18 @@ def build(resolved: Resolved) -> Resolved:
     from transformers.utils import is_torch_bf16_gpu_available, is_torch_cuda_available
     from trl import DPOConfig, ModelConfig, SFTConfig
 
-    training = resolved.training
+    training, announcements = settings.training, [*settings.announcements]
     fp16, bf16 = training.get("fp16"), training.get("bf16")
     if fp16 and not is_torch_cuda_available():
-        raise RecipeError(f"{resolved.path}: fp16: true needs a GPU, and this machine has none; set fp16: false")
+        raise RecipeError(f"{settings.path}: fp16: true needs a GPU, and this machine has none; set fp16: false")
     if (bf16 or bf16 is None and not fp16) and not is_torch_bf16_gpu_available():
         if not training.get("use_cpu"):
             given = "is set" if bf16 else "is TRL's default"
             raise RecipeError(
-                f"{resolved.path}: bf16: true {given}, and this machine has no GPU for it; set bf16: false for "
+                f"{settings.path}: bf16: true {given}, and this machine has no GPU for it; set bf16: false for "
                 "float32, or use_cpu: true as well to run bfloat16 on the CPU"
             )
-        resolved.announcements.append("bf16: true on the CPU is slow, and rounds to 3 digits; bf16: false is exact")
+        announcements.append("bf16: true on the CPU is slow, and rounds to 3 digits; bf16: false is exact")
     internal = {
         "logging_nan_inf_filter": False,  # the one default that is not TRL's: a NaN would be logged as loss 0.0
         # The new names of the same settings: transformers would warn about the old ones, which it then fills.
@@ -76,78 +172,17 @@ def build(resolved: Resolved) -> Resolved:
         "activation_checkpointing_kwargs": training.get("gradient_checkpointing_kwargs"),
     }
     try:
-        config = (SFTConfig if resolved.kind == "sft" else DPOConfig)(**training, **internal)
-        model = ModelConfig(**resolved.model)
+        config = (SFTConfig if settings.kind == "sft" else DPOConfig)(**training, **internal)
+        model = ModelConfig(**settings.model)
     except (ValueError, ImportError) as error:
-        raise RecipeError(f"{resolved.path}: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{settings.path}: {' '.join(str(error).split())}") from error
     # ModelConfig turns a list of one into a string, which PEFT reads as a pattern for the whole name: no match.
-    model.lora_target_modules = resolved.model.get("lora_target_modules")
-    return dataclasses.replace(resolved, model=model, training=config)
+    model.lora_target_modules = settings.model.get("lora_target_modules")
+    shared = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(Resolved)}
+    return Run(**shared | {"announcements": announcements}, model=model, training=config)
 
 
-def resolve(
-    kind: Kind, argv: list[str] | None = None, world_size: int | None = None, faults: list[str] | None = None
-) -> Resolved:
-    """
-    Read a recipe and its overrides, check every key, value and combination, and expand the margin's preset.
-
-    Args:
-        kind: which script asks.
-        argv: the command line after the script's name; None: this process's.
-        world_size: processes in the launch; None: from the launcher's WORLD_SIZE.
-        faults: takes what is wrong, and the rest is resolved without the faulty keys; None: it is raised.
-
-    Raises:
-        RecipeError: the first stage that finds something wrong names all that it found, each with file and line. With
-            `faults`, only what leaves nothing to go on with: no readable file, or a required key that is missing.
-    """
-
-    def check(step: Callable[..., None], *arguments: Any) -> None:
-        try:
-            step(document, *arguments)
-        except RecipeError as error:
-            if faults is None:
-                raise
-            faults.append(str(error))
-
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(usage(kind))
-        raise SystemExit(0)
-    world_size = int(os.environ.get("WORLD_SIZE", 1)) if world_size is None else world_size
-    document = read(argv)
-    sections = validate(kind, document, faults)
-    given = document.values
-    own = set(typing.get_type_hints(SECTIONS[kind]))
-    recipe = SECTIONS[kind](**{key: sections[key] for key in given if key in own})
-    model = {key: value for key, value in given.items() if key in MODEL}
-    training = {key: value for key, value in given.items() if key not in own and key not in MODEL}
-    announcements: list[str] = []
-
-    check(functools.partial(check_sources, kind), recipe)
-    check(check_training, recipe, model | training)
-    if model.get("use_peft") and recipe.trainable_parameters:
-        model["lora_target_modules"] = recipe.trainable_parameters
-    if kind != "sft":
-        expand_preset(document, recipe, training, announcements)
-        check(check_margin, recipe)
-        check(check_selection, recipe, training)
-    if kind == "dpo":
-        check(choose_reference_pass, recipe, model, training, announcements)
-    # What the resolved recipe says of the batch is the recipe's own word, so that it holds on another number of GPUs.
-    values = model | training | _plain(recipe)
-    if kind != "evaluate":
-        check(fit_batch, recipe, training, world_size)
-    if "dtype" not in model:
-        announcements.append("dtype float32 (TRL's default): the weights are loaded and saved in 32 bits")
-    if training.get("save_only_model"):
-        announcements.append("save_only_model: checkpoints hold no optimizer, so the run cannot be resumed")
-    if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
-        announcements.append(f"max_steps {training['max_steps']} counts, and num_train_epochs does not")
-    return Resolved(kind, model, training, recipe, values, document.path, document.overrides, announcements)
-
-
-def save_recipe(resolved: Resolved, folder: str | Path) -> Path:
+def save_recipe(resolved: Run, folder: str | Path) -> Path:
     """
     Write the resolved recipe to `folder`/recipe.yaml, complete or not at all: `--config` of it is the same run.
 
@@ -157,52 +192,13 @@ def save_recipe(resolved: Resolved, folder: str | Path) -> Path:
     target = Path(folder) / "recipe.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
     origin = " ".join([resolved.path, *resolved.overrides])
-    aside = target.with_name(f".{target.name}.{os.getpid()}")
-    aside.write_text(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}", encoding="utf-8")
-    os.replace(aside, target)
+    with replaced(target) as file:
+        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}".encode())
     return target
-
-
-def usage(kind: Kind) -> str:
-    lines = [
-        f"usage: accelerate launch recipes/{kind}.py --config RECIPE.yaml [--key value | --key=value …]",
-        "",
-        "A key may be nested (--margin.preset dpo, --datasets.0.path rows.jsonl); values are YAML.",
-        "Keys of this project:",
-    ]
-    for entry in dataclasses.fields(SECTIONS[kind]):
-        below = section_of(typing.get_type_hints(SECTIONS[kind])[entry.name])
-        inner = f": {', '.join(f.name for f in dataclasses.fields(below))}" if below else ""
-        lines.append(f"  {entry.name}{inner}")
-    trl = "SFTConfig" if kind == "sft" else "DPOConfig"
-    return "\n".join(
-        [*lines, f"and the keys of TRL's {trl} and ModelConfig, as far as recipes/core/config/trl_keys.py lists them."]
-    )
-
-
-# --------------------------------------------------------------------------------------------------- resolved recipe
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
     """Our keys for recipe.yaml: the margin and the selection in full, elsewhere what differs from the default."""
-    values = {key: _brief(getattr(recipe, key)) for key in _changed(recipe) if key not in ("margin", "selection")}
-    if not isinstance(recipe, SFTRecipe):
-        values["margin"] = dataclasses.asdict(recipe.margin)
-        values["selection"] = dataclasses.asdict(recipe.selection)
-    return values
-
-
-def _changed(section: Any) -> list[str]:
-    names = []
-    for entry in dataclasses.fields(section):
-        factory = entry.default_factory
-        default = entry.default if factory is dataclasses.MISSING else factory()
-        if getattr(section, entry.name) != default:
-            names.append(entry.name)
-    return names
-
-
-def _brief(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {name: _brief(getattr(value, name)) for name in _changed(value)}
-    return [_brief(item) for item in value] if isinstance(value, list) else value
+    full = {} if isinstance(recipe, SFTRecipe) else {"margin": recipe.margin, "selection": recipe.selection}
+    brief = pydantic.TypeAdapter(type(recipe)).dump_python(recipe, exclude_defaults=True, exclude=set(full))
+    return brief | {key: dataclasses.asdict(section) for key, section in full.items()}

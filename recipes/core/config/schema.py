@@ -1,11 +1,12 @@
-"""What a recipe may say: the sections of its YAML, with the range of each value. `parsing.py` fills them."""
+"""What a recipe may say: the sections of its YAML, each key with its type, range, default, meaning and an example."""
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from core.objective.presets import Margin
+from core.runtime.described import key
 
 Action = Literal["drop", "error", "keep"]
 LabelPolicy = Literal["helpful", "safer", "safe_first", "safedpo_t"]
@@ -14,25 +15,32 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Two = Annotated[list[str], Field(min_length=2, max_length=2)]  # one column for each of a pair's two answers
 Severity = Annotated[int, Field(ge=0, le=3)]
-Patterns = Annotated[list[str], Field(min_length=1)]
+
+
+def _one_or_more(given: Any) -> Any:
+    """One pattern may stand without brackets: `trainable_parameters: down_proj`."""
+    return [given] if isinstance(given, str) and given else given
+
+
+Patterns = Annotated[list[str], Field(min_length=1), BeforeValidator(_one_or_more)]
 
 
 @dataclass
 class Messages:
     """How a source writes its messages, where it does not write `role` and `content`."""
 
-    role: str = "role"
-    content: str = "content"
-    roles: dict[str, str] = field(default_factory=dict)  # the source's role name → ours, e.g. {human: user}
+    role: str = key("role", "the field that names the speaker", "from")
+    content: str = key("content", "the field that holds the text", "value")
+    roles: dict[str, str] = key(dict, "the source's name of a role → user, assistant or system", "{human: user}")
 
 
 @dataclass
 class Turns:
     """The markers of a plain-text transcript, e.g. Anthropic/hh-rlhf's."""
 
-    user: str
-    assistant: str
-    system: str | None = None
+    user: str = key(..., "what stands before a turn of the user", '"\\n\\nHuman:"')
+    assistant: str = key(..., "what stands before a turn of the assistant", '"\\n\\nAssistant:"')
+    system: str | None = key(None, "what stands before the system message", '"\\n\\nSystem:"')
 
 
 @dataclass
@@ -42,140 +50,167 @@ class Columns:
     number is a constant, the same for every row.
     """
 
-    prompt: str | None = None  # a string or a list of messages; None: what chosen and rejected share
-    chosen: str | None = None  # a string, a message, or a list of messages that ends in the answer
-    rejected: str | None = None
-    responses: Two | None = None  # two answers in no order of merit, instead of chosen and rejected
-    better: str | None = None  # with responses: 0 or 1, the better one
-    preference: str | None = None  # with responses: a number, below 0 the first is better, above 0 the second
-    safer: str | None = None  # with responses: 0 or 1, the safer one (the SFT stage's `answer: safer`)
-    chosen_safe: str | bool | None = None
-    rejected_safe: str | bool | None = None
-    safe: Two | None = None  # with responses
-    chosen_severity: str | Severity | None = None
-    rejected_severity: str | Severity | None = None
-    severity: Two | None = None  # with responses: 0 to 3
-    score_chosen: str | float | None = None
-    score_rejected: str | float | None = None
-    scores: Two | None = None  # with responses
-    category: str | list[str] | None = None  # a string, or a struct of booleans whose true fields are named
-    row_id: str | None = None  # None: the row's number in the source
-    conversation: str | None = None  # SFT only: a list of messages that ends in the answer
-    messages: Messages = field(default_factory=Messages)
-    turns: Turns | None = None  # chosen and rejected (and prompt) are transcripts with these markers
-    extra: list[str] = field(default_factory=list)  # numeric columns kept by name, for `selection.score.signal`
+    prompt: str | None = key(None, "a string or a list of messages; null: what chosen and rejected share", "prompt")
+    chosen: str | None = key(None, "a string, a message, or a list of messages that ends in the answer", "chosen")
+    rejected: str | None = key(None, "the same of the other answer", "rejected")
+    responses: Two | None = key(None, "instead: two answers in no order of merit", "[response_0, response_1]")
+    better: str | None = key(None, "with responses: 0 or 1, the better one", "better_response_id")
+    preference: str | None = key(None, "with responses: a number; below 0 the first is better", "overall_preference")
+    safer: str | None = key(None, "with responses: 0 or 1, for sft.py's `answer: safer`", "safer_response_id")
+    chosen_safe: str | bool | None = key(None, "whether the chosen answer is safe", "true")
+    rejected_safe: str | bool | None = key(None, "whether the rejected answer is safe", "true")
+    safe: Two | None = key(None, "with responses: the same of each", "[is_response_0_safe, is_response_1_safe]")
+    chosen_severity: str | Severity | None = key(None, "harm of the chosen answer, 0 to 3", "0")
+    rejected_severity: str | Severity | None = key(None, "harm of the rejected answer, 0 to 3", "rejected_severity")
+    severity: Two | None = key(None, "with responses: the same of each", "[severity_0, severity_1]")
+    score_chosen: str | float | None = key(None, "helpfulness of the chosen answer", "score_chosen")
+    score_rejected: str | float | None = key(None, "helpfulness of the rejected answer", "score_rejected")
+    scores: Two | None = key(None, "with responses: the same of each", "[score_0, score_1]")
+    category: str | list[str] | None = key(None, "a string, or booleans of which the true ones are named", "source")
+    row_id: str | None = key(None, "what the audit calls the row; null: its number in the source", "id")
+    conversation: str | None = key(None, "sft.py only: a list of messages that ends in the answer", "messages")
+    messages: Messages = key(Messages, "how messages are written")
+    turns: Turns | None = key(None, "where prompt, chosen and rejected are transcripts: their markers")
+    extra: list[str] = key(list, "numeric columns to keep by name, for selection.score.signal", "[perplexity]")
 
 
 @dataclass
 class DatasetEntry:
     """One source of rows."""
 
-    path: str  # a dataset on the Hub, a folder (also of save_to_disk), or a .json, .jsonl, .csv, .parquet, .arrow, .gz
-    name: str | None = None  # configuration on the Hub
-    data_files: str | list[str] | None = None
-    revision: str | None = None
-    split: str = "train"
-    role: Literal["task", "buffer"] = "task"
-    fraction: Fraction | None = None  # this part of the rows, drawn by the selection's seed
-    source: str | None = None  # the name of the source in the audit; None: the path's last part
-    answer: Literal["chosen", "rejected", "safer"] = "chosen"  # SFT only: which answer of a pair to learn
-    bad_rows: Literal["error", "drop"] = "error"  # a null, a NaN, prompts that differ: stop, or drop and count
-    columns: Columns = field(default_factory=Columns)
+    path: str = key(
+        ...,
+        "a dataset on the Hub, a folder (also of save_to_disk), or a .json, .jsonl, .csv, .parquet, .arrow, .gz",
+        "rows.jsonl",
+    )
+    name: str | None = key(None, "its configuration on the Hub", "preference")
+    data_files: str | list[str] | None = key(None, "files of the folder or of the Hub's dataset", "train.jsonl")
+    revision: str | None = key(None, "a branch, tag or commit on the Hub", "ff7ba91")
+    split: str = key("train", "the split on the Hub, or in a folder of save_to_disk", "train_prefs")
+    role: Literal["task", "buffer"] = key("task", "the set to learn, or the one that is replayed beside it", "buffer")
+    fraction: Fraction | None = key(None, "only this part of the rows, drawn by selection.seed", "0.1")
+    source: str | None = key(None, "its name in the audit; null: the last part of path", "helpful")
+    answer: Literal["chosen", "rejected", "safer"] = key("chosen", "sft.py only: which of a pair to learn", "safer")
+    bad_rows: Literal["error", "drop"] = key("error", "a null, a NaN, prompts that differ: stop, or drop", "drop")
+    columns: Columns = key(Columns, "where it keeps what a row needs")
 
 
 @dataclass
 class Hygiene:
-    """Rows that no run should train on. `keep` (or None) turns a rule off."""
+    """Rows that no run should train on. `keep` (or null) turns a rule off."""
 
-    empty: Action = "error"  # an empty prompt or answer
-    identical: Action = "drop"  # chosen = rejected
-    max_similarity: Fraction | None = 0.9  # of the two answers, 0 to 1 (rapidfuzz's normalised Indel similarity)
-    min_characters: Count | None = 10  # of the shorter answer
-    max_length_ratio: Annotated[float, Field(ge=1)] | None = 3.0  # of the longer answer to the shorter, in characters
-    duplicates: Action = "drop"  # the same prompt and answers after case folding; the first row stays
-    contradictions: Action = "drop"  # the same pair labelled both ways; all of them go
-    ties: Action = "drop"  # equal scores, or a preference of 0
-    min_answer_tokens: Count | None = 16  # room that the prompt must leave under max_length
-    eval_ngram: Count | None = 13  # words shared with an evaluation prompt
+    empty: Action = key("error", "an empty prompt or answer", "drop")
+    identical: Action = key("drop", "chosen = rejected", "error")
+    identical_tokens: Action = key(
+        "drop", "answers that differ as texts, but not in the tokens that max_length leaves", "keep"
+    )
+    max_similarity: Fraction | None = key(0.9, "of the two answers (rapidfuzz's normalised Indel similarity)", "0.95")
+    min_characters: Count | None = key(10, "of the shorter answer", "1")
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = key(
+        3.0, "of the longer answer to the shorter, in characters", "5"
+    )
+    duplicates: Action = key("drop", "the same prompt and answers but for case; the first row stays", "keep")
+    contradictions: Action = key("drop", "the same pair labelled both ways; all of them go", "error")
+    ties: Action = key("drop", "equal scores, or a preference of 0", "keep")
+    min_answer_tokens: Count | None = key(16, "room that the prompt must leave under max_length", "64")
+    eval_ngram: Count | None = key(13, "this many words in a row shared with an evaluation prompt", "null")
 
 
 @dataclass
 class Score:
     """Which rows of a ranked set stay."""
 
-    signal: str  # score_gap, severity_gap, length_ratio, reference_gap, or a numeric column
-    keep: Fraction | None = None  # this fraction
-    band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None  # instead: two quantiles
-    direction: Literal["easy", "hard", "middle"] = "easy"  # easy: the largest signal; hard: the smallest
-    role: Literal["task", "buffer", "all"] = "all"
+    signal: str = key(..., "score_gap, severity_gap, length_ratio, reference_gap, or a column of extra", "score_gap")
+    keep: Fraction | None = key(None, "this part of the rows", "0.5")
+    band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = key(
+        None, "instead: those between two quantiles", "[0.25, 0.75]"
+    )
+    direction: Literal["easy", "hard", "middle"] = key("easy", "easy: the largest signal; hard: the smallest", "hard")
+    role: Literal["task", "buffer", "all"] = key("all", "the rows that are ranked; the others stay", "buffer")
 
 
 @dataclass
 class Quotas:
-    """At most this many rows (an integer) or this part of the rows (a fraction) of a group."""
+    """At most so many rows of a group."""
 
-    by: Literal["pair_class", "category", "source"]
-    limits: dict[str, Annotated[int, Field(ge=0)] | Fraction]
+    by: Literal["pair_class", "category", "source"] = key(..., "what makes a group", "pair_class")
+    limits: dict[str, Annotated[int, Field(ge=0)] | Fraction] = key(
+        ..., "of each group an integer of rows, or a fraction of all", "{safe/safe: 0.5, unsafe/unsafe: 1000}"
+    )
 
 
 @dataclass
 class Replay:
-    """Task and buffer rows in every micro-batch: `task` to `buffer`; the buffer's mean loss counts `weight` times."""
+    """Task and buffer rows in every micro-batch."""
 
-    task: Count = 1
-    buffer: Count = 1
-    weight: NotNegative = 1.0
+    task: Count = key(1, "so many task rows …", "3")
+    buffer: Count = key(1, "… to so many of the buffer", "3")
+    weight: NotNegative = key(1.0, "how often the buffer's mean loss counts", "0.5")
 
 
 @dataclass
 class Selection:
     """The selective buffer: which rows are trained on, in which order its stages run."""
 
-    seed: Annotated[int, Field(ge=0)] | None = None  # None: the run's seed
-    hygiene: Hygiene = field(default_factory=Hygiene)
-    labels: LabelPolicy | None = None  # None: the margin preset's, or helpful
-    score: Score | None = None
-    quotas: Quotas | None = None
-    replay: Replay = field(default_factory=Replay)
+    seed: Annotated[int, Field(ge=0)] | None = key(None, "of every draw; null: the run's seed", "7")
+    hygiene: Hygiene = key(Hygiene, "rows that no run should train on")
+    labels: LabelPolicy | None = key(
+        None, "which answer of a pair is the chosen one; null: the margin preset's, or helpful", "safer"
+    )
+    score: Score | None = key(None, "keep a part of the rows by rank; null: all")
+    quotas: Quotas | None = key(None, "bound the rows of each group; null: no bounds")
+    replay: Replay = key(Replay, "how buffer rows stand beside task rows")
 
 
 @dataclass
 class PreferenceRecipe:
     """The keys of this project in a recipe for `dpo.py`, beside those of TRL's DPOConfig and ModelConfig."""
 
-    datasets: list[DatasetEntry]
-    eval_datasets: list[DatasetEntry] = field(default_factory=list)
-    selection: Selection = field(default_factory=Selection)
-    margin: Margin = field(default_factory=Margin)
-    trainable_parameters: Patterns | None = None  # None: all; with LoRA these are its target modules
-    prefix_sharing: bool = True  # compute a pair's prompt once for both answers
-    chat_template_path: str | None = None  # a .jinja file; None: the model's own template
-    system_message: str | None = None  # put before conversations that have none; may be empty
-    pad_token: str | None = None  # one of the tokenizer's, where it has not said which it pads with
-    pairs_per_update: Count | None = None  # task and buffer pairs on all devices; sets gradient_accumulation_steps
-    num_processes: Count | None = None  # refuse to start on any other number
-    reference_cache: str | None = None  # folder of reference log-probabilities; None: under HF_HOME
+    datasets: list[DatasetEntry] = key(..., "the sources of training rows")
+    eval_datasets: list[DatasetEntry] = key(list, "sources of held-out rows")
+    selection: Selection = key(Selection, "which rows are trained on")
+    margin: Margin = key(Margin, "the loss")
+    trainable_parameters: Patterns | None = key(
+        None, "patterns of the weights to train; null: all; with LoRA its target modules", "down_proj"
+    )
+    prefix_sharing: bool = key(True, "compute a pair's prompt once for both answers", "false")
+    chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
+    pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    pairs_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
+    num_processes: Count | None = key(None, "refuse to start on any other number", "8")
+    reference_cache: str | None = key(
+        None, "folder of reference log-probabilities; null: under HF_HOME", "runs/reference"
+    )
 
 
 @dataclass
 class SFTRecipe:
     """The keys of this project in a recipe for `sft.py`, beside those of TRL's SFTConfig and ModelConfig."""
 
-    datasets: list[DatasetEntry]
-    eval_datasets: list[DatasetEntry] = field(default_factory=list)
-    trainable_parameters: Patterns | None = None
-    chat_template_path: str | None = None
-    system_message: str | None = None
-    pad_token: str | None = None
-    conversations_per_update: Count | None = None  # on all devices; sets gradient_accumulation_steps
-    num_processes: Count | None = None
+    datasets: list[DatasetEntry] = key(..., "the sources of training rows")
+    eval_datasets: list[DatasetEntry] = key(list, "sources of held-out rows")
+    trainable_parameters: Patterns | None = key(
+        None, "patterns of the weights to train; null: all; with LoRA its target modules", "down_proj"
+    )
+    chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
+    pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    conversations_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
+    num_processes: Count | None = key(None, "refuse to start on any other number", "8")
 
 
 @dataclass
 class EvaluateRecipe(PreferenceRecipe):
     """A preference recipe (a run's own recipe.yaml will do) and what `evaluate.py` needs besides."""
 
-    datasets: list[DatasetEntry] = field(default_factory=list)
-    prompts: str | None = None  # a .txt (a prompt per line) or .jsonl (`prompt`, or `messages`) to answer
-    max_new_tokens: Count = 256
-    reference_model: str | None = None  # None: rewards without a reference
+    datasets: list[DatasetEntry] = key(list, "the sources of rows, where there are no eval_datasets")
+    prompts: str | None = key(
+        None, "a .txt (a prompt per line) or .jsonl (`prompt`, or `messages`) to answer", "prompts.txt"
+    )
+    max_new_tokens: Count = key(256, "of each answer", "64")
+    reference_model: str | None = key(None, "null: rewards without a reference", "runs/sft")
+
+
+Kind = Literal["dpo", "sft", "evaluate"]
+RECIPES: dict[Kind, type] = {"dpo": PreferenceRecipe, "sft": SFTRecipe, "evaluate": EvaluateRecipe}

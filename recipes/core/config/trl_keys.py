@@ -1,9 +1,13 @@
 """
-Which keys of TRL's ModelConfig, DPOConfig and SFTConfig a recipe may use, with their ranges, and the way out for those
-that would be ignored here or would break what this project promises. Written out, so that a recipe is checked before
-TRL is imported; a test holds the tables against the pinned TRL, field by field.
+Which keys of TRL's ModelConfig, DPOConfig and SFTConfig a recipe may use, and the way out for those that would be
+ignored here or would break what this project promises. What TRL says of a key is read from its source, because
+importing TRL takes seconds and a misspelt key is told before; a test holds it against the classes themselves.
 """
 
+import ast
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -17,146 +21,70 @@ Strategy = Literal["no", "steps", "epoch"]
 Tracker = Literal["none", "wandb", "tensorboard"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 
-MODEL: dict[str, Any] = {
-    "model_name_or_path": str,
-    "model_revision": str,
-    "dtype": Literal["auto", "bfloat16", "float16", "float32"],
-    "attn_implementation": Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None,
-    "use_peft": bool,
-    "lora_r": Count,
-    "lora_alpha": Count,
-    "lora_dropout": BelowOne,
-    "lora_target_modules": str | list[str] | None,
-    "lora_target_parameters": list[str] | None,
-    "lora_modules_to_save": list[str] | None,
-    "use_rslora": bool,
-    "use_dora": bool,
+
+def _each(rows: dict[str, Any]) -> dict[str, Any]:
+    """`{"a b": x}` → `{"a": x, "b": x}`."""
+    return {key: value for keys, value in rows.items() for key in keys.split()}
+
+
+# The types of TRL's that need no more words. Every other key, and so every number, has a row in RANGES.
+PLAIN = {
+    "bool": bool,
+    "bool | None": bool | None,
+    "str": str,
+    "str | None": str | None,
+    "list[str] | None": list[str] | None,
 }
-
-TRAINING: dict[str, Any] = {
-    "output_dir": Annotated[str, Field(min_length=1)],
-    # batch and length of the run
-    "per_device_train_batch_size": Count,
-    "per_device_eval_batch_size": Count,
-    "gradient_accumulation_steps": Count,
-    "num_train_epochs": Positive,
-    "max_steps": Literal[-1] | Count,
-    "max_length": Annotated[int, Field(ge=2)] | None,
-    "truncation_mode": Literal["keep_start"],
-    # optimizer
-    "learning_rate": Positive,
-    "lr_scheduler_type": Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
-        "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
-    ],
-    "lr_scheduler_kwargs": dict[str, Any] | None,
-    "warmup_steps": BelowOne | NaturalNumber,
-    "optim": Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
-    "weight_decay": NotNegative,
-    "adam_beta1": BelowOne,
-    "adam_beta2": BelowOne,
-    "adam_epsilon": Positive,
-    "max_grad_norm": NotNegative,
-    # precision and memory
-    "bf16": bool | None,
-    "fp16": bool,
-    "tf32": bool | None,
-    "gradient_checkpointing": bool,
-    "gradient_checkpointing_kwargs": dict[str, Any] | None,
-    "activation_offloading": bool,
-    "torch_empty_cache_steps": Count | None,
-    "use_cpu": bool,
-    # log, evaluate, save
-    "logging_strategy": Strategy,
-    "logging_steps": Positive,
-    "logging_first_step": bool,
-    "log_on_each_node": bool,
-    "log_level": LogLevel,
-    "log_level_replica": LogLevel,
-    "report_to": Tracker | list[Tracker],
-    "run_name": str | None,
-    "disable_tqdm": bool | None,
-    "skip_memory_metrics": bool,
-    "eval_strategy": Strategy,
-    "eval_steps": Positive | None,
-    "eval_delay": NotNegative,
-    "eval_on_start": bool,
-    "save_strategy": Literal["no", "steps", "epoch", "best"],
-    "save_steps": Positive,
-    "save_total_limit": Count | None,
-    "save_only_model": bool,
-    "save_on_each_node": bool,
-    "load_best_model_at_end": bool,
-    "metric_for_best_model": str | None,
-    "greater_is_better": bool | None,
-    "resume_from_checkpoint": str | bool | None,
-    # seeds, workers, processes
-    "seed": NaturalNumber,
-    "data_seed": NaturalNumber | None,
-    "full_determinism": bool,
-    "dataset_num_proc": Count | None,
-    "dataloader_num_workers": NaturalNumber,
-    "dataloader_pin_memory": bool,
-    "dataloader_persistent_workers": bool,
-    "dataloader_prefetch_factor": Count | None,
-    "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
-    "ddp_backend": Literal["nccl", "gloo", "mpi"] | None,
-    "ddp_timeout": Count,
-    "ddp_find_unused_parameters": bool | None,
-    "ddp_bucket_cap_mb": Count | None,
-    "ddp_broadcast_buffers": bool | None,
-    "ddp_static_graph": bool | None,
-}  # fmt: skip
-
-DPO: dict[str, Any] = {
-    "beta": Positive,
-    "disable_dropout": bool,
-    "precompute_ref_log_probs": bool,
-    "precompute_ref_batch_size": Count | None,
-}
-
-SFT: dict[str, Any] = {
-    "loss_type": Literal["nll", "dft"],
-    "assistant_only_loss": bool,
-    "shuffle_dataset": bool,
-    "packing": bool,
-    "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
-    "padding_free": bool,
-    "eval_packing": bool | None,
-    "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
-    "dataloader_drop_last": bool,
-    "neftune_noise_alpha": Positive | None,
-    "router_aux_loss_coef": NotNegative | None,
-    "average_tokens_across_devices": bool,
-}
-
-# What stands where the recipe says nothing, as far as the checks need it.
-DEFAULTS = {
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "max_steps": -1,
-    "seed": 42,
-    "beta": 0.1,
-    "fp16": False,
-    "use_cpu": False,
-    "use_peft": False,
-    "eval_strategy": "no",
-    "eval_on_start": False,
-    "load_best_model_at_end": False,
-    "packing": False,
-    "packing_strategy": "bfd",
-    "padding_free": False,
-    "report_to": "none",
-    "save_only_model": False,
-    "attn_implementation": None,
-}
+RANGES: dict[str, Any] = _each(
+    {
+        "model_name_or_path": str,
+        "output_dir": Annotated[str, Field(min_length=1)],
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps ddp_timeout "
+        "lora_r lora_alpha": Count,
+        "save_total_limit dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb torch_empty_cache_steps "
+        "precompute_ref_batch_size": Count | None,
+        "seed dataloader_num_workers": NaturalNumber,
+        "data_seed": NaturalNumber | None,
+        "max_steps": Literal[-1] | Count,
+        "max_length": Annotated[int, Field(ge=2)] | None,
+        "learning_rate beta num_train_epochs logging_steps save_steps adam_epsilon": Positive,
+        "eval_steps neftune_noise_alpha": Positive | None,
+        "weight_decay max_grad_norm eval_delay": NotNegative,
+        "router_aux_loss_coef": NotNegative | None,
+        "adam_beta1 adam_beta2 lora_dropout": BelowOne,
+        "warmup_steps": BelowOne | NaturalNumber,  # below 1: a part of the run
+        "lr_scheduler_kwargs gradient_checkpointing_kwargs": dict[str, Any] | None,
+        "resume_from_checkpoint": str | bool | None,
+        "lora_target_modules": str | list[str] | None,
+        "logging_strategy eval_strategy": Strategy,
+        "save_strategy": Literal["no", "steps", "epoch", "best"],
+        "report_to": Tracker | list[Tracker],
+        "log_level log_level_replica": LogLevel,
+        "dtype": Literal["auto", "bfloat16", "float16", "float32"],
+        "attn_implementation": (
+            Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
+        ),
+        "optim": Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
+        "lr_scheduler_type": Literal[
+            "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+            "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+            "warmup_stable_decay", "greedy",
+        ],
+        "truncation_mode": Literal["keep_start"],
+        "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
+        "ddp_backend": Literal["nccl", "gloo", "mpi"] | None,
+        "loss_type": Literal["nll", "dft"],
+        "packing_strategy": Literal["bfd", "bfd_split", "wrapped"],
+        "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
+    }
+)  # fmt: skip
 
 
-def _refused(reasons: dict[str, str]) -> dict[str, str]:
+def _each(reasons: dict[str, str]) -> dict[str, str]:
     return {key: reason for keys, reason in reasons.items() for key in keys.split()}
 
 
-REFUSED_ALWAYS = _refused(
+_REFUSED = _each(
     {
         "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage": (
             "quantised training needs bitsandbytes, which requirements.txt does not have; use use_peft: true with "
@@ -202,7 +130,7 @@ REFUSED_ALWAYS = _refused(
         "pad_to_multiple_of": "batches are padded to their longest row; remove the key",
     }
 )
-REFUSED_DPO = REFUSED_ALWAYS | _refused(
+_REFUSED_DPO = _REFUSED | _each(
     {
         "loss_type loss_weights label_smoothing ld_alpha f_divergence_type f_alpha_divergence_coef use_weighting "
         "discopop_tau": "the loss is chosen by margin.preset or margin.link",
@@ -214,7 +142,7 @@ REFUSED_DPO = REFUSED_ALWAYS | _refused(
         "average_tokens_across_devices": "the loss is a mean over pairs; remove the key",
     }
 )
-REFUSED_SFT = REFUSED_ALWAYS | _refused(
+_REFUSED_SFT = _REFUSED | _each(
     {
         "dataset_text_field dataset_kwargs": "use the columns of a datasets entry",
         "completion_only_loss": "rows are conversations; use assistant_only_loss",
@@ -222,22 +150,19 @@ REFUSED_SFT = REFUSED_ALWAYS | _refused(
     }
 )
 
+
 # Keys of other versions, of other scripts and of habit, which no likeness of letters would lead to ours.
 RENAMED = {
     "warmup_ratio": "warmup_steps (below 1 it is a part of the run: warmup_steps: 0.1)",
-    "torch_dtype": "dtype",
     "model": "model_name_or_path",
     "ref_model": "reference_model, in evaluate.py; in dpo.py the start is the reference",
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
     "max_prompt_length": "max_length (the prompt's room is selection.hygiene.min_answer_tokens)",
     "overwrite_output_dir": "resume_from_checkpoint, or another output_dir",
     "attn": "attn_implementation",
     "packing": "prefix_sharing",
-    "dataset": "datasets",
     "dataset_name": "datasets (a list of entries with path, split, role, columns)",
     "dataset_config": "datasets: [{name: …}]",
     "dataset_train_split": "datasets: [{split: …}]",
@@ -249,8 +174,64 @@ RENAMED = {
     "test_split_size": "eval_datasets",
 }
 
-KINDS = {
-    "dpo": (MODEL | TRAINING | DPO, REFUSED_DPO),
-    "sft": (MODEL | TRAINING | SFT, REFUSED_SFT),
-    "evaluate": (MODEL | TRAINING | DPO, REFUSED_DPO),
+
+@dataclass(frozen=True)
+class TrlKey:
+    """A field of one of the configuration classes."""
+
+    owner: str  # the class that says what it does
+    annotation: str
+    default: Any
+    help: str
+
+
+# Defaults that TRL works out, and words of its own that do not hold here.
+WORKED_OUT = {"optim": "adamw_torch_fused"}
+OUR_WORDS = {
+    "gradient_checkpointing_kwargs": "Keyword arguments of gradient checkpointing",
+    "gradient_accumulation_steps": "Micro-batches per update; pairs_per_update or conversations_per_update set it",
+    "precompute_ref_log_probs": "Compute the reference once, before training; true here unless margin.reference_free",
+    "eval_on_start": "Evaluate before the first update; true in dpo.py where there are eval_datasets",
+    "resume_from_checkpoint": "A checkpoint's folder, or auto: the newest complete one, if there is one",
+    "output_dir": "The folder of the run: weights, resolved recipe, audit, metrics, plots, model card",
 }
+
+
+def _fields(file: str, name: str, owner: str) -> dict[str, TrlKey]:
+    """The lines `key: annotation = field(default=…, metadata={"help": …})` of a class `name`."""
+    package, _, path = file.partition("/")
+    source = Path(importlib.util.find_spec(package).origin).parent.joinpath(path).read_text(encoding="utf-8")
+    (declared,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    found = {}
+    for line in declared.body:
+        if isinstance(line, ast.AnnAssign):
+            key = line.target.id
+            given = {keyword.arg: keyword.value for keyword in line.value.keywords}
+            metadata = zip(given["metadata"].keys, given["metadata"].values, strict=True)
+            said = next(ast.literal_eval(text) for word, text in metadata if word.value == "help")
+            try:
+                default = ast.literal_eval(given["default"])
+            except (KeyError, ValueError):
+                default = WORKED_OUT.get(key)
+            found[key] = TrlKey(owner, ast.unparse(line.annotation), default, OUR_WORDS.get(key, said))
+    return found
+
+
+MODEL = _fields("trl/trainer/model_config.py", "ModelConfig", "ModelConfig")
+_BASE = _fields("transformers/training_args.py", "TrainingArguments", "TrainingArguments")
+_BASE |= _fields("trl/trainer/base_config.py", "_BaseConfig", "TrainingArguments")
+_DPO = _BASE | _fields("trl/trainer/dpo_config.py", "DPOConfig", "DPOConfig")
+_SFT = _BASE | _fields("trl/trainer/sft_config.py", "SFTConfig", "SFTConfig")
+DEFAULTS = {name: key.default for name, key in (MODEL | _SFT | _DPO).items()}  # where the recipe says nothing
+OURS = ("pad_token", "chat_template_path")  # keys of schema.py, which do not reach TRL
+
+REFUSED = {"dpo": _REFUSED_DPO, "sft": _REFUSED_SFT, "evaluate": _REFUSED_DPO}
+ACCEPTED = {
+    kind: {name: key for name, key in (MODEL | fields).items() if name not in REFUSED[kind] and name not in OURS}
+    for kind, fields in (("dpo", _DPO), ("sft", _SFT), ("evaluate", _DPO))
+}
+
+
+def type_of(name: str, key: TrlKey) -> Any:
+    """What a recipe may give: TRL's own type, narrowed to what makes sense."""
+    return RANGES[name] if name in RANGES else PLAIN[key.annotation]

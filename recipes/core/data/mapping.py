@@ -1,147 +1,206 @@
 """
-A batch of a source's rows through the recipe's mapping: pairs, the one answer of a pair that is learned, or whole
-conversations. Plain functions with explicit arguments, so that a second run finds their result in the cache.
+A source's rows through the recipe's mapping, one plain dict after another: preference pairs, the one answer of a pair
+that is learned, or whole conversations.
 """
 
+import re
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from datasets import Features
 
 from core.config.entries import PAIRED
-from core.config.schema import Columns
-from core.data.columns import FLAGS, TEXT, Batch, join
-from core.data.conversations import Conversations, append, contains, equal, flags, split_last, to_lists
+from core.config.schema import Columns, Messages, Turns
+from core.data.columns import MESSAGES, TEXT, BadRow, Found, Row
+
+ROLES = ("system", "user", "assistant")
+
+Message = dict[str, str]  # {role, content}
+
+
+def map_batch(
+    batch: dict[str, list],
+    positions: list[int],
+    read: Callable[..., dict],
+    numbers: np.ndarray,
+    columns: Columns,
+    found: dict[str, Found],
+    constants: dict[str, str],
+    features: Features,
+) -> pa.Table:
+    """
+    Rows through `read`, with their `row_id`; of a bad one nothing but that and its `fault`.
+
+    Args:
+        batch: values by column.
+        positions: of the rows among those that are mapped.
+        read: one of the functions below.
+        numbers: the rows' numbers in their source, by position. Shape: (rows,).
+        found: the columns that the mapping names, by the name.
+        constants: what is the same in all rows: `source` and `role`.
+        features: of the rows that come out.
+    """
+    source, mapped = constants["source"], []
+    for number, cells in zip(numbers[positions].tolist(), zip(*batch.values(), strict=True), strict=True):
+        row = Row(dict(zip(batch, cells, strict=True)), columns, found)
+        values = {"row_id": f"{source}:null"}
+        try:
+            values["row_id"] = f"{source}:{row.row_id(number)}"
+            values |= read(row) | constants
+        except BadRow as bad:
+            values["fault"] = str(bad)
+        mapped.append(values)
+    return pa.Table.from_pylist(mapped, schema=features.arrow_schema)
+
 
 # How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
 READERS = {
-    "safe": (Batch.safe, pa.bool_()),
-    "severity": (Batch.severity, pa.int64()),
-    "scores": (Batch.score, pa.float64()),
+    "safe": lambda row, name: row.label(name, (False, True)),
+    "severity": lambda row, name: row.label(name, (0, 1, 2, 3)),
+    "scores": Row.score,
 }
 
 
-def read_batch(
-    table: pa.Table,
-    positions: list[int],
-    read: Callable[..., dict[str, pa.Array]],
-    numbers: np.ndarray,
-    columns: Columns,
-    kinds: dict[str, str],
-    fixed: dict,
-) -> pa.Table:
-    """A batch through `read`. `numbers` are the rows' numbers in their source, by position. Shape: (rows,)."""
-    batch = Batch(table, columns, kinds)
-    ids = batch.text(columns.row_id) if columns.row_id else pa.array(numbers[positions]).cast(pa.string())
-    batch.note(flags(ids.is_null()), f"`{columns.row_id}` is null")
-    ids = pc.binary_join_element_wise(fixed["source"], pc.fill_null(ids, "null"), ":")
-    values = read(batch, **fixed)
-    return pa.table({**values, "row_id": ids, "fault": pa.array(batch.faults, pa.string())})
-
-
-def read_pairs(batch: Batch, source: str, role: str, extra: list[str]) -> dict[str, pa.Array]:
-    """The columns of `preferences.FEATURES` and the `extra` ones."""
-    columns, n = batch.columns, len(batch.table)
+def read_pair(row: Row) -> dict:
+    """The columns of `preferences.FEATURES` that differ from row to row, and the `extra` ones."""
+    columns = row.columns
     first, second = columns.responses or (columns.chosen, columns.rejected)
-    heads, answers = [], []
-    for name in (first, second):
-        head, answer = _split_answer(batch, name, batch.conversation(name, "assistant"))
-        heads.append(head)
-        answers.append(answer)
-    batch.note(~equal(*heads), f"`{first}` and `{second}` have different prompts")
-    values = {"prompt": _prompt(batch, heads[0], first)}
+    (head, first_answer), (other_head, second_answer) = _split_answer(row, first), _split_answer(row, second)
+    if head != other_head:
+        raise BadRow(f"`{first}` and `{second}` have different prompts")
+    prompt = _prompt(row, head, first)
 
-    swap, tie = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    swap = tie = False
     if columns.better is not None:
-        swap = batch.choice(columns.better)
+        swap = row.choice(columns.better)
     elif columns.preference is not None:
-        preference = batch.score(columns.preference).to_numpy(zero_copy_only=False)
+        preference = row.score(columns.preference)
         swap, tie = preference > 0, preference == 0
-    in_order = [pa.array(~swap), pa.array(swap)]  # whether the first response is chosen, and whether it is rejected
-    values |= {key: pc.if_else(mask, *answers) for key, mask in zip(("chosen", "rejected"), in_order, strict=True)}
 
-    for both, chosen, rejected in PAIRED:
-        read, type_ = READERS[both]
+    chosen, rejected = _in_order([first_answer, second_answer], swap)
+    values = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for both, *keys in PAIRED:
         names = getattr(columns, both)
-        sides = names or [getattr(columns, chosen), getattr(columns, rejected)]
-        pair = [read(batch, side) if isinstance(side, str) else pa.array([side] * n, type_) for side in sides]
-        if names:
-            pair = [pc.if_else(mask, *pair) for mask in in_order]
-        values |= {chosen: pair[0], rejected: pair[1]}
-
-    equal_scores = flags(pc.equal(values["score_chosen"], values["score_rejected"]))
-    values["tie"] = pa.array(tie | equal_scores)
-    values["category"] = _category(batch)
-    values |= {key: pa.array([value] * n, pa.string()) for key, value in (("source", source), ("role", role))}
-    for name in extra:
-        values[name] = batch.score(name) if name in columns.extra else pa.nulls(n, pa.float64())
-    return values
+        sides = names or [getattr(columns, key) for key in keys]
+        pair = [READERS[both](row, side) if isinstance(side, str) else side for side in sides]
+        values |= zip(keys, _in_order(pair, swap) if names else pair, strict=True)
+    values["tie"] = tie or (values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"])
+    values["category"] = row.category()
+    return values | {name: row.score(name) for name in columns.extra}
 
 
-def read_answers(batch: Batch, source: str, role: str, extra: list[str], answer: str) -> dict[str, pa.Array]:
-    """The prompt and one answer of each pair, as a conversation."""
-    pairs = read_pairs(batch, source, role, extra)
-    learn = pairs["rejected" if answer == "rejected" else "chosen"]
-    if answer == "safer":
-        # Positive: the rejected answer is the safer one. Labels come first, severities break their ties.
-        by_label = _gap(pairs["rejected_safe"], pairs["chosen_safe"])
-        by_severity = _gap(pairs["chosen_severity"], pairs["rejected_severity"])
-        batch.note(np.isnan(by_label) & np.isnan(by_severity), "no safety label or severity of both answers")
-        swap = np.where(np.nan_to_num(by_label) != 0, by_label, by_severity) > 0
-        learn = pc.if_else(pa.array(swap), pairs["rejected"], pairs["chosen"])
-    batch.note(flags(pc.equal(pc.utf8_trim_whitespace(learn), "")), "the answer to learn is empty")
-    prompts = pairs["prompt"]
-    lengths = pc.list_value_length(prompts).to_numpy(zero_copy_only=False)
-    flat = pc.list_flatten(prompts)
-    prompt = Conversations(lengths, pc.struct_field(flat, ["role"]), pc.struct_field(flat, ["content"]))
-    return {"messages": to_lists(append(prompt, learn))}
+def _in_order(pair: list, swap: bool) -> list:
+    return pair[::-1] if swap else pair
 
 
-def read_conversations(batch: Batch, source: str) -> dict[str, pa.Array]:
-    """Whole conversations."""
-    name = batch.columns.conversation
-    conversations = batch.conversation(name, "assistant")
-    _, answer = _split_answer(batch, name, conversations)
-    batch.note(flags(pc.equal(pc.utf8_trim_whitespace(answer), "")), f"`{name}` ends in an empty answer")
-    return {"messages": to_lists(conversations)}
+def read_answer(row: Row, answer: str) -> dict:
+    """The prompt and one answer of a pair, as the conversation `messages`."""
+    pair = read_pair(row)
+    rejected = answer == "rejected" or (answer == "safer" and _rejected_is_safer(pair))
+    text = pair["rejected" if rejected else "chosen"]
+    if not text.strip():
+        raise BadRow("the answer to learn is empty")
+    return {"messages": [*pair["prompt"], {"role": "assistant", "content": text}]}
 
 
-def _gap(left: pa.Array, right: pa.Array) -> np.ndarray:
-    left, right = (side.cast(pa.int64()).cast(pa.float64()).to_numpy(zero_copy_only=False) for side in (left, right))
-    return left - right
+def _rejected_is_safer(pair: dict) -> bool:
+    """Labels come first, severities break their ties; equal in both, the chosen answer stays."""
+    labels = pair["chosen_safe"], pair["rejected_safe"]
+    severities = pair["chosen_severity"], pair["rejected_severity"]
+    if None in labels and None in severities:
+        raise BadRow("no safety label or severity of both answers")
+    if None not in labels and labels[0] != labels[1]:
+        return labels[1]
+    return None not in severities and severities[1] < severities[0]
 
 
-def _split_answer(batch: Batch, name: str, conversations: Conversations) -> tuple[Conversations, pa.Array]:
-    """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
-    head, roles, answer = split_last(conversations)
-    batch.note(flags(pc.not_equal(roles, "assistant")), f"`{name}` does not end in a message of the assistant")
-    return head, answer
+def read_conversation(row: Row) -> dict:
+    """A whole conversation, as `messages`."""
+    name = row.columns.conversation
+    head, answer = _split_answer(row, name)
+    if not answer.strip():
+        raise BadRow(f"`{name}` ends in an empty answer")
+    return {"messages": [*head, {"role": "assistant", "content": answer}]}
 
 
-def _prompt(batch: Batch, head: Conversations, answer_name: str) -> pa.Array:
-    """The prompt that a column names, or what comes before the answer; where both exist they must agree."""
-    name = batch.columns.prompt
-    has_head = head.lengths > 0
-    if name is None:
-        batch.note(~has_head, f"`{answer_name}` has no prompt before its answer")
-        return to_lists(head)
-    prompt = batch.conversation(name, "user")
-    if batch.kinds[name] == TEXT and batch.columns.turns is None:
-        agree = contains(head, prompt.contents)
+def _conversation(row: Row, name: str, role: str) -> list[Message]:
+    """A column of text (one message of `role`, or a transcript), of messages or of lists of messages."""
+    value, kind, turns = row.value(name), row.found[name].kind, row.columns.turns
+    if value is None:
+        raise BadRow(f"`{name}` is null")
+    if kind == TEXT and not turns:
+        return [{"role": role, "content": value}]
+    if kind == TEXT:
+        preamble, messages = _cut_transcript(value, turns)
+        if preamble:
+            raise BadRow(f"`{name}` does not begin with a marker of columns.turns")
     else:
-        agree = equal(head, prompt)
-    batch.note(has_head & ~agree, f"`{name}` is not the prompt that `{answer_name}` begins with")
-    rows = np.arange(len(has_head))
-    both = pa.concat_arrays([to_lists(prompt), to_lists(head)])
-    return both.take(pa.array(np.where(has_head, rows + len(rows), rows)))
+        messages = [_message(message, row.columns.messages) for message in (value if kind == MESSAGES else [value])]
+    if not messages:
+        raise BadRow(f"`{name}` holds no message")
+    for message in messages:
+        if message["role"] not in ROLES:
+            raise BadRow(
+                f"`{name}` has a message of the role {message['role']!r}, none of {', '.join(ROLES)} (map it with "
+                "columns.messages.roles)"
+            )
+    if not all(isinstance(message["content"], str) for message in messages):
+        raise BadRow(f"`{name}` has a message without text")
+    return messages
 
 
-def _category(batch: Batch) -> pa.Array:
-    """One text per row: the texts and the names of the true flags, joined by commas."""
-    names = batch.columns.category
-    names = [names] if isinstance(names, str) else names or []
-    flagged = [name for name in names if batch.kinds[name] == FLAGS]
-    texts = [batch.text(name) for name in names if name not in flagged]
-    texts += [batch.flag_names(flagged)] if flagged else []
-    return join(texts) if texts else pa.nulls(len(batch.table), pa.string())
+def _message(message: object, spec: Messages) -> dict:
+    """A message under our names, with the source's role turned into ours; what else it holds is left out."""
+    fields = message if isinstance(message, dict) else {}
+    role = fields.get(spec.role)
+    return {"role": spec.roles.get(str(role), role), "content": fields.get(spec.content)}
+
+
+def _split_answer(row: Row, name: str) -> tuple[list[Message], str]:
+    """What comes before the answer in a column, and the answer: the text of its last message, an assistant's."""
+    *head, last = _conversation(row, name, "assistant")
+    if last["role"] != "assistant":
+        raise BadRow(f"`{name}` does not end in a message of the assistant")
+    return head, last["content"]
+
+
+def _prompt(row: Row, head: list[Message], answer_name: str) -> list[Message]:
+    """The prompt that a column names, or what comes before the answer; where both exist they must agree."""
+    name = row.columns.prompt
+    if name is None:
+        if not head:
+            raise BadRow(f"`{answer_name}` has no prompt before its answer")
+        return head
+    prompt = _conversation(row, name, "user")
+    if row.found[name].kind == TEXT and not row.columns.turns:
+        agree = prompt[0]["content"] in [message["content"] for message in head]
+    else:
+        agree = prompt == head
+    if head and not agree:
+        raise BadRow(f"`{name}` is not the prompt that `{answer_name}` begins with")
+    return head or prompt
+
+
+def _cut_transcript(text: str, turns: Turns) -> tuple[str, list[Message]]:
+    """
+    A plain-text transcript, cut at its markers. White space around a turn belongs to the markers, not to the turn.
+
+    Returns:
+        What stands before the first marker, and the messages.
+    """
+    pattern, roles = _markers(turns.user, turns.assistant, turns.system)
+    before, *parts = pattern.split(text)
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return before.strip(), [{"role": roles[marker], "content": turn.strip()} for marker, turn in pairs]
+
+
+@cache
+def _markers(user: str, assistant: str, system: str | None) -> tuple[re.Pattern, dict[str, str]]:
+    """A pattern of the markers, and the role of each."""
+    markers = {user: "user", assistant: "assistant"} | ({} if system is None else {system: "system"})
+    # An empty turn may have lost the space that ends its marker: match without it.
+    roles = {marker.rstrip(): role for marker, role in markers.items()}
+    longest_first = sorted(roles, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")"), roles

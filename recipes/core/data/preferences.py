@@ -1,22 +1,19 @@
 """Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
 
-import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 import datasets
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
-from core.config.schema import Columns, DatasetEntry
-from core.data.columns import MESSAGE, NULL, TEXT, check_columns, find
-from core.data.conversations import flags
-from core.data.mapping import read_answers, read_batch, read_conversations, read_pairs
+from core.config.schema import DatasetEntry
+from core.data.columns import Row, check_columns
+from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
 from core.data.sources import draw_fraction, load_rows
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
@@ -46,7 +43,7 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = code_digest("data/preferences", "data/mapping", "config/entries", "data/columns", "data/conversations")
+CODE = code_digest("data/preferences", "data/mapping", "data/columns", "config/entries")
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:
@@ -65,11 +62,10 @@ def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | Non
     """
     check_preferences(entries)
     extra = sorted({name for entry in entries for name in entry.columns.extra})
+    features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
     parts, bad = [], []
     for entry, source in zip(entries, source_names(entries), strict=True):
-        fixed = {"source": source, "role": entry.role, "extra": extra}
-        features = Features({**FEATURES, **{name: Value("float64") for name in extra}})
-        rows, dropped = _map(entry, source, seed, num_proc, read_pairs, features, fixed)
+        rows, dropped = _map(entry, source, seed, num_proc, read_pair, features)
         parts.append(rows)
         bad += dropped
     return datasets.concatenate_datasets(parts), bad
@@ -87,13 +83,11 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
     check_conversations(entries)
     parts = []
     for entry, source in zip(entries, source_names(entries), strict=True):
-        if entry.columns.conversation is not None:
-            read, fixed = read_conversations, {"source": source}
-        else:
+        read = read_conversation
+        if entry.columns.conversation is None:
             entry = with_answer(entry)
-            read, fixed = read_answers, {"source": source, "role": entry.role, "extra": [], "answer": entry.answer}
-        features = Features({"messages": MESSAGES, "row_id": Value("string")})
-        rows, bad = _map(entry, source, seed, num_proc, read, features, fixed)
+            read = partial(read_answer, answer=entry.answer)
+        rows, bad = _map(entry, source, seed, num_proc, read, Features({"messages": MESSAGES}))
         for reason, count in Counter(row["reason"] for row in bad).items():
             logging.getLogger(__name__).warning("%s: %d rows dropped: %s", place(entry), count, reason)
         parts.append(rows.select_columns("messages"))
@@ -105,77 +99,51 @@ def _map(
     source: str,
     seed: int,
     num_proc: int | None,
-    read: Callable[..., dict[str, pa.Array]],
+    read: Callable[[Row], dict],
     features: Features,
-    fixed: dict,
 ) -> tuple[Dataset, BadRows]:
     """An entry's rows through `read`, cached on disk; bad rows are refused, or dropped and listed."""
     where, columns = place(entry), entry.columns
-    rows = load_rows(entry)
-    kinds = check_columns(rows.data.table, columns, where)
-    _check_answers(columns, kinds, where)
-    total, kept = len(rows), np.arange(len(rows))
-    needed = {find(name, rows.data.table.schema)[0] for name in kinds}
-    rows = rows.select_columns(sorted(needed))
+    rows = load_rows(entry).with_format(None)
+    found = check_columns(rows, columns, where)
+    numbers = np.arange(len(rows))
     if entry.fraction is not None and entry.fraction < 1:
-        kept = draw_fraction(total, entry.fraction, seed, source)
-        if not len(kept):
-            raise RecipeError(f"{where}: `fraction: {entry.fraction}` of {total} rows leaves none; raise it")
-        rows = rows.select(kept)
+        numbers = draw_fraction(len(rows), entry.fraction, seed, source)
+        if not len(numbers):
+            raise RecipeError(f"{where}: `fraction: {entry.fraction}` of {len(rows)} rows leaves none; raise it")
+        rows = rows.select(numbers)
+    rows = rows.select_columns(sorted({column.path[0] for column in found.values()}))
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
-    mapped = rows.with_format("arrow").map(
-        read_batch,
+    settings = {"columns": columns, "found": found, "constants": {"source": source, "role": entry.role}}
+    features = Features({**features, "row_id": Value("string"), "fault": Value("string")})
+    mapped = rows.map(
+        map_batch,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
-        features=Features({**features, "fault": Value("string")}),
-        fn_kwargs={"read": read, "numbers": kept, "columns": columns, "kinds": kinds, "fixed": fixed},
+        features=features,
+        fn_kwargs=settings | {"read": read, "numbers": numbers, "features": features},
         num_proc=workers if workers > 1 else None,
-        # What is read decides, not how Python happens to pickle it.
-        new_fingerprint=Hasher.hash(
-            [rows._fingerprint, CODE, read.__name__, dataclasses.asdict(columns), kinds, fixed]
-        ),
+        # What the rows are made of decides, not how Python happens to pickle it.
+        new_fingerprint=Hasher.hash([rows._fingerprint, CODE, list(features), entry.answer, settings]),
         desc=f"rows of {source}",
     )
-    mapped = mapped.with_format(None)
     if columns.row_id is not None:
-        _check_row_ids(mapped.data.column("row_id"), columns.row_id, where)
-    faults = mapped.data.column("fault").combine_chunks()
-    mapped = mapped.remove_columns("fault")
-    bad = np.flatnonzero(flags(faults.is_valid()))
+        _check_row_ids(mapped["row_id"][:], columns.row_id, where)
+    is_bad = np.array(mapped.data.column("fault").is_valid())
+    mapped, bad = mapped.remove_columns("fault"), mapped.select(np.flatnonzero(is_bad))
     if not len(bad):
         return mapped, []
-    reasons = faults.take(pa.array(bad)).to_pylist()
     if entry.bad_rows == "error" or len(bad) == len(mapped):
-        raise RecipeError(f"{where}: {_summary(reasons, kept[bad], len(mapped))}")
-    dropped = [
-        {"row_id": row_id, "source": source, "reason": reason}
-        for row_id, reason in zip(mapped.select(bad)["row_id"], reasons, strict=True)
-    ]
-    return mapped.select(np.flatnonzero(flags(faults.is_null()))), dropped
+        raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped))}")
+    dropped = [{"row_id": row["row_id"], "source": source, "reason": row["fault"]} for row in bad]
+    return mapped.select(np.flatnonzero(~is_bad)), dropped
 
 
-def _check_answers(columns: Columns, kinds: dict[str, str], where: str) -> None:
-    """Refuse two answers of different layouts, and answers of plain text that no prompt goes with."""
-    if columns.conversation is not None:
-        return
-    first, second = columns.responses or (columns.chosen, columns.rejected)
-    if kinds[first] != kinds[second] and NULL not in (kinds[first], kinds[second]):
-        raise RecipeError(
-            f"{where}: {first!r} holds {kinds[first]} and {second!r} {kinds[second]}; both need one layout"
-        )
-    if kinds[first] in (TEXT, MESSAGE) and columns.prompt is None and columns.turns is None:
-        raise RecipeError(
-            f"{where}: {first!r} holds {kinds[first]}, so the prompt is elsewhere; set columns.prompt, or "
-            "columns.turns if it is a transcript"
-        )
-
-
-def _check_row_ids(ids: pa.ChunkedArray, name: str, where: str) -> None:
-    counts = pc.value_counts(ids.drop_null())
-    shared = counts.filter(pc.greater(pc.struct_field(counts, [1]), 1))
-    if len(shared):
-        examples = ", ".join(shared.field(0)[:ROWS_NAMED].to_pylist())
+def _check_row_ids(ids: list[str], name: str, where: str) -> None:
+    shared = [row_id for row_id, count in Counter(ids).items() if count > 1]
+    if shared:
+        examples = ", ".join(shared[:ROWS_NAMED])
         raise RecipeError(
             f"{where}: columns.row_id names {name!r}, but several rows share an id ({examples}); name a column of "
             "unique ids, or remove columns.row_id to number the rows"

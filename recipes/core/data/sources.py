@@ -11,18 +11,18 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session, httpx
 
 from core.config.entries import BUILDERS, files_of, place
 from core.config.schema import DatasetEntry
 from core.runtime.errors import RecipeError
+from core.runtime.network import hub_is_reachable
 from core.runtime.text import did_you_mean
 
 SAVED = ("state.json", "dataset_dict.json")  # what Dataset.save_to_disk and DatasetDict.save_to_disk leave
-HUB_TIMEOUT = 5  # seconds until the Hub counts as out of reach
 
 # It prints what a failure raises as well; here every failure is one line, which also names the file's line.
 logging.getLogger("datasets.packaged_modules.json.json").setLevel(logging.CRITICAL)
@@ -35,11 +35,40 @@ def load_rows(entry: DatasetEntry) -> Dataset:
     Raises:
         RecipeError: a file, dataset, configuration or split that isn't there, a file that can't be read, or no rows.
     """
-    path = Path(entry.path).expanduser()
-    where = place(entry)
-    name = path.name.removesuffix(".gz")
-    suffix = Path(name).suffix
+    path, where = Path(entry.path).expanduser(), place(entry)
+    if any((path / name).is_file() for name in SAVED):
+        return _saved(path, entry.split, where)
+    target, options = _target(path, entry, where)
+    try:
+        if path.is_dir():
+            options["name"], options["split"] = _folder_holds(target, entry, where)
+        rows = datasets.load_dataset(target, **options)
+    except (DatasetGenerationError, pa.ArrowTypeError) as error:
+        fault = _first_fault(path, files_of(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
+        raise RecipeError(f"{where}: {fault}") from error
+    except ConnectionError as error:
+        raise RecipeError(
+            f"{where}: neither a local file or folder nor in the cache, and the Hub can't be reached; correct `path`, "
+            "or fetch it once with network access"
+        ) from error
+    except StopIteration as error:  # what an empty file ends in
+        raise RecipeError(f"{where}: no rows") from error
+    except (DatasetsError, OSError, ValueError) as error:
+        fault = _one_line(error)
+        if isinstance(error, FileNotFoundError) and entry.data_files:
+            fault = f"no such file; correct `data_files`{_near(path / files_of(entry)[0])}"
+        elif "corresponds to no data" in fault:
+            fault = f"no rows in split {entry.split!r}"
+        raise RecipeError(f"{where}: {fault}") from error
+    if not len(rows):
+        raise RecipeError(f"{where}: no rows in split {entry.split!r}")
+    return rows
+
+
+def _target(path: Path, entry: DatasetEntry, where: str) -> tuple[str, dict]:
+    """What `datasets.load_dataset` takes for an entry: the kind of a file, a folder or a name on the Hub; options."""
     options: dict = {"name": entry.name, "data_files": entry.data_files, "revision": entry.revision}
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     if path.is_file() or suffix in BUILDERS:
         if not path.is_file():
             raise RecipeError(f"{where}: no such file; correct `path`{_near(path)}")
@@ -50,45 +79,18 @@ def load_rows(entry: DatasetEntry) -> Dataset:
                 raise RecipeError(f"{where}: `path` is a file, so `{key}` has no meaning here; remove it")
         # A file stands for the configuration and split that the entry names, so that a recipe for the Hub's copy of a
         # source reads a local one by its path alone.
-        target, options = BUILDERS[suffix], {"data_files": {re.split(r"\W", entry.split)[0]: str(path)}}
-        if target == "csv":
+        options = {"data_files": {re.split(r"\W", entry.split)[0]: str(path)}, "split": entry.split}
+        if BUILDERS[suffix] == "csv":
             options["keep_default_na"] = False  # an answer that reads "None" or "N/A" is an answer
-    elif any((path / name).is_file() for name in SAVED):
-        return _saved(path, entry.split, where)
-    elif path.is_dir():
-        target = str(path.resolve())  # datasets names the folder, which it can't for "."
-    else:
-        target = entry.path
-        if entry.path not in BUILDERS.values():
-            if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1:
-                raise RecipeError(f"{where}: no such file or folder; correct `path`{_near(path)}")
-            _leave_the_hub_if_unreachable()
-    split = entry.split
-    try:
-        if path.is_dir():
-            options["name"], split = _folder_holds(target, entry, where)
-        rows = datasets.load_dataset(target, split=split, **options)
-    except DatasetGenerationError as error:
-        fault = _first_fault(path, files_of(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
-        raise RecipeError(f"{where}: {fault}") from error
-    except ConnectionError as error:
-        raise RecipeError(
-            f"{where}: neither a local file or folder nor in the cache, and the Hub can't be reached; correct `path`, "
-            "or fetch it once with network access"
-        ) from error
-    except StopIteration as error:  # what an empty file ends in
-        raise RecipeError(f"{where}: no rows") from error
-    except FileNotFoundError as error:
-        if not entry.data_files:
-            raise RecipeError(f"{where}: {_one_line(error)}") from error
-        raise RecipeError(f"{where}: no such file; correct `data_files`{_near(path / files_of(entry)[0])}") from error
-    except (DatasetsError, OSError, ValueError) as error:
-        if "corresponds to no data" in str(error):
-            raise RecipeError(f"{where}: no rows in split {entry.split!r}") from error
-        raise RecipeError(f"{where}: {_one_line(error)}") from error
-    if not len(rows):
-        raise RecipeError(f"{where}: no rows in split {entry.split!r}")
-    return rows
+        return BUILDERS[suffix], options
+    options["split"] = entry.split
+    if path.is_dir():
+        return str(path.resolve()), options  # datasets names the folder, which it can't for "."
+    if entry.path not in BUILDERS.values():
+        if entry.path.startswith((".", "/", "~")) or entry.path.count("/") > 1:
+            raise RecipeError(f"{where}: no such file or folder; correct `path`{_near(path)}")
+        _leave_the_hub_if_unreachable()
+    return entry.path, options
 
 
 def _folder_holds(folder: str, entry: DatasetEntry, where: str) -> tuple[str | None, str]:
@@ -135,11 +137,7 @@ def draw_fraction(rows: int, fraction: float, seed: int, source: str) -> np.ndar
 @cache
 def _leave_the_hub_if_unreachable() -> None:
     # Without network, datasets would ask five times and wait 23 s before it looks into its own cache.
-    if datasets.config.HF_HUB_OFFLINE:
-        return
-    try:
-        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except httpx.TransportError:
+    if not datasets.config.HF_HUB_OFFLINE and not hub_is_reachable():
         datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
 
 
@@ -150,12 +148,6 @@ def _near(path: Path) -> str:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def kind(value: object) -> str:
-    """What a JSON value is, in the words of the messages."""
-    kinds = {str: "text", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds[type(value)]
 
 
 def _first_fault(path: Path, data_files: list[str]) -> str | None:

@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 import xxhash
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
+
+TOKENS = {  # what `tokenize_rows` adds
+    "prompt_ids": List(Value("int32")),
+    "chosen_ids": List(Value("int32")),
+    "rejected_ids": List(Value("int32")),
+    "chosen_cut": Value("bool"),
+    "rejected_cut": Value("bool"),
+    "fault": Value("string"),
+}
+CODE = code_digest("data/tokens")  # part of the cache's key, so that what other code has made is never read back
 
 
 def load_tokenizer(
@@ -67,12 +79,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
         )
 
 
-def template_digest(tokenizer: PreTrainedTokenizerBase, system_message: str | None) -> str:
-    """What the token ids of a conversation depend on: vocabulary, merges, template, system message."""
-    parts = (tokenizer.backend_tokenizer.to_str(), str(tokenizer.chat_template), repr(system_message))
-    return xxhash.xxh3_128_hexdigest("\0".join(parts).encode())
-
-
 def with_system_message(messages: list[dict[str, str]], system_message: str | None) -> list[dict[str, str]]:
     """The conversation led by the recipe's system message, unless it has one of its own."""
     if system_message is None or (messages and messages[0]["role"] == "system"):
@@ -114,6 +120,32 @@ def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], 
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
+def tokenize_rows(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    system_message: str | None = None,
+    num_proc: int | None = None,
+) -> Dataset:
+    """
+    Add the columns of `TOKENS` to preference rows: `prompt_ids`, whole; `chosen_ids` and `rejected_ids`, cut where
+    prompt and answer together pass `max_length` tokens; `chosen_cut` and `rejected_cut`, whether that was done; and
+    `fault`, why a row cannot be trained on (its answers then have no ids), null where it can. A faulty row ends no
+    run: hygiene may drop it, and `trainable_rows` refuses it where it does not.
+    """
+    tokenizer("")  # takes off padding and truncation that were saved with it: the cache is to know one state of it
+    settings = {"tokenizer": tokenizer, "max_length": max_length, "system_message": system_message}
+    return rows.map(
+        _tokenize_batch,
+        batched=True,
+        features=Features({**rows.features, **TOKENS}),
+        fn_kwargs=settings,
+        num_proc=num_proc if len(rows) >= 10_000 else None,
+        new_fingerprint=Hasher.hash([rows._fingerprint, CODE, settings]),
+        desc="Tokenising pairs",
+    )
+
+
 def _tokenize_batch(
     batch: dict[str, list[Any]],
     tokenizer: PreTrainedTokenizerBase,
@@ -121,68 +153,83 @@ def _tokenize_batch(
     system_message: str | None,
 ) -> dict[str, list[Any]]:
     prompts = [with_system_message(messages, system_message) for messages in batch["prompt"]]
-    prompt_ids = render(tokenizer, prompts, open_turn=True)
-    output: dict[str, list[Any]] = {"prompt_ids": prompt_ids}
+    prompt_ids, faults = _render_each(tokenizer, prompts, open_turn=True)
+    output = {"prompt_ids": prompt_ids, "fault": faults}
     for answer in ("chosen", "rejected"):
         turns = [
             [*prompt, {"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, batch[answer], strict=True)
         ]
+        whole_ids, refusals = _render_each(tokenizer, turns, open_turn=False)
         ids, cut = [], []
-        for row_id, start, whole in zip(
-            batch["row_id"], prompt_ids, render(tokenizer, turns, open_turn=False), strict=True
-        ):
-            if whole[: len(start)] != start:
-                common = next((i for i, (x, y) in enumerate(zip(start, whole, strict=False)) if x != y), len(whole))
-                raise RecipeError(
-                    f"row {row_id}: the prompt's tokens are not the beginning of the prompt and {answer} answer's: "
-                    f"from {tokenizer.decode(start[common:])!r} on they differ, so the model would be trained on "
-                    "another context than it meets in use; give a chat template that renders both alike "
-                    "(chat_template_path)"
-                )
+        for row, (row_id, start, whole) in enumerate(zip(batch["row_id"], prompt_ids, whole_ids, strict=True)):
             room = None if max_length is None else max_length - len(start)
-            if room is not None and room < 1:
-                raise RecipeError(
-                    f"row {row_id}: the prompt has {len(start)} tokens and leaves no room for an answer under "
-                    f"max_length {max_length}; raise max_length, or set selection.hygiene.min_answer_tokens to 1 or "
-                    "more to drop and count such rows"
-                )
-            tokens = whole[len(start) :]
+            faults[row] = faults[row] or refusals[row] or _fault(row_id, answer, start, whole, room, tokenizer)
+            tokens = [] if faults[row] else whole[len(start) :]
             ids.append(tokens[:room])
-            cut.append(room is not None and len(tokens) > room)
+            cut.append(len(ids[-1]) < len(tokens))
         output[f"{answer}_ids"], output[f"{answer}_cut"] = ids, cut
+    for row in (row for row, fault in enumerate(faults) if fault):
+        output["chosen_ids"][row], output["chosen_cut"][row] = [], False  # where the rejected answer has the fault
     return output
 
 
-def tokenize_rows(
-    rows: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int | None,
-    system_message: str | None = None,
-    num_proc: int | None = None,
-) -> tuple[Dataset, dict[str, int]]:
+def _render_each(
+    tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool
+) -> tuple[list[list[int]], list[str | None]]:
+    """`render`, and beside the ids why the template refuses a conversation, which then has none."""
+    try:
+        return render(tokenizer, conversations, open_turn), [None] * len(conversations)
+    except RecipeError as error:
+        if len(conversations) == 1:
+            return [[]], [str(error)]
+    each = [_render_each(tokenizer, [messages], open_turn) for messages in conversations]
+    return [ids for (ids,), _ in each], [fault for _, (fault,) in each]
+
+
+def _fault(
+    row_id: str, answer: str, start: list[int], whole: list[int], room: int | None, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Why a prompt of the ids `start` and an answer do not go together; `whole` are the ids of both."""
+    if whole[: len(start)] != start:
+        common = next((i for i, (x, y) in enumerate(zip(start, whole, strict=False)) if x != y), len(whole))
+        return (
+            f"row {row_id}: the prompt's tokens are not the beginning of the prompt and {answer} answer's: "
+            f"from {tokenizer.decode(start[common:])!r} on they differ, so the model would be trained on "
+            "another context than it meets in use; give a chat template that renders both alike "
+            "(chat_template_path)"
+        )
+    if room is not None and room < 1:
+        return (
+            f"row {row_id}: the prompt has {len(start)} tokens and leaves no room for an answer under "
+            f"max_length {len(start) + room}; raise max_length, or set selection.hygiene.min_answer_tokens to 1 or "
+            "more to drop and count such rows"
+        )
+    return None
+
+
+def refuse_faults(rows: Dataset) -> None:
     """
-    Add `prompt_ids`, `chosen_ids` and `rejected_ids` to preference rows.
+    Raises:
+        RecipeError: a row could not be tokenised (`tokenize_rows`); the first says why.
+    """
+    faults = rows.with_format("arrow")["fault"].drop_null()
+    if len(faults):
+        raise RecipeError(faults[0].as_py(), everywhere=True)
 
-    An answer is cut where prompt and answer together pass `max_length` tokens, and counted.
 
-    Returns:
-        The rows with their token ids, and the counts `rows`, `chosen_cut` and `rejected_cut`.
+def trainable_rows(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
+    """
+    Tokenised rows without what is only said about them, and the counts `rows`, `chosen_cut` and `rejected_cut`.
 
     Raises:
-        RecipeError: a prompt that is no prefix of prompt + answer, or that fills `max_length` alone.
+        RecipeError: see `refuse_faults`.
     """
-    tokenized = rows.map(
-        _tokenize_batch,
-        batched=True,
-        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length, "system_message": system_message},
-        num_proc=num_proc if len(rows) >= 10_000 else None,
-        desc="Tokenising pairs",
-    )
-    counts = {"rows": len(tokenized)} | {
-        f"{answer}_cut": sum(tokenized.data.column(f"{answer}_cut").to_pylist()) for answer in ("chosen", "rejected")
-    }
-    return tokenized.remove_columns(["chosen_cut", "rejected_cut"]), counts
+    refuse_faults(rows)
+    cut = ["chosen_cut", "rejected_cut"]
+    columns = rows.with_format("arrow")
+    counts = {"rows": len(rows)} | {name: pc.sum(columns[name]).as_py() or 0 for name in cut}
+    return rows.remove_columns([*cut, "fault"]), counts
 
 
 def ids_digest(rows: Dataset, columns: list[str]) -> str:

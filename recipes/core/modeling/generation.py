@@ -75,14 +75,13 @@ def generate(
         inputs = tokenizer(
             [texts[index] for index in batch], return_tensors="pt", padding=True, add_special_tokens=False
         ).to(model.device)
-        settings = {"do_sample": False} | sampling
         ids = model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **settings,
+            **({"do_sample": False} | sampling),
         )
         for index, answer in zip(batch, ids[:, inputs["input_ids"].shape[1] :], strict=True):
             answers[index] = tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from core.runtime.errors import RecipeError
 
@@ -77,18 +77,10 @@ def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Mod
                 f"{key}: {target!r} is no module of {type(model).__name__} that LoRA could adapt; near names: "
                 f"{_near(target, names)}"
             )
-    return LoraConfig(
-        task_type=settings.lora_task_type,
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=targets,
-        target_parameters=settings.lora_target_parameters,
-        modules_to_save=settings.lora_modules_to_save,
-        use_rslora=settings.use_rslora,
-        use_dora=settings.use_dora,
-        bias="none",
-    )
+    config = get_peft_config(settings)
+    if patterns:
+        config.target_modules = set(patterns)
+    return config
 
 
 def _near(word: str, names: list[str]) -> str:

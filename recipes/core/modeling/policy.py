@@ -16,11 +16,9 @@ from transformers.integrations import (
     unset_hf_deepspeed_config,
 )
 from transformers.utils import ADAPTER_CONFIG_NAME
-from trl import DPOConfig, ModelConfig
+from trl import ModelConfig
 
 from core.modeling.prefix import unsupported_reason
-from core.modeling.reference import DEFAULT_FOLDER, ReferenceCache, namespace
-from core.modeling.weights import weights_digest
 from core.runtime.errors import RecipeError
 from core.runtime.ranks import first_rank_decides, rank
 
@@ -88,17 +86,6 @@ def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None)
     if reason and rank() == 0:
         print(f"note: prefix_sharing falls back to padded pairs: {reason}", flush=True)
     return wanted and reason is None
-
-
-def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig) -> ReferenceCache:
-    """The cache of the reference's log-probabilities: the recipe's model, in the precision of its forward."""
-    precision = str(model.dtype).removeprefix("torch.")
-    if args.mixed_precision != "no":  # also the launcher's; DeepSpeed casts the weights, autocast the operations
-        precision += f"-{'deepspeed' if args.deepspeed_plugin else 'autocast'}-{args.mixed_precision}"
-    if args.tf32:
-        precision += "-tf32"
-    digest = weights_digest(model.model_name_or_path, model.model_revision)
-    return ReferenceCache(folder or DEFAULT_FOLDER, namespace(digest, precision))
 
 
 def verify_saved(

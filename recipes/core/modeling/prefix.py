@@ -17,6 +17,7 @@ every architecture of `SHARED_ARCHITECTURES` to it.
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -107,7 +108,7 @@ def unsupported_reason(model: nn.Module, max_length: int | None) -> str | None:
     if config.model_type not in SHARED_ARCHITECTURES:
         known = ", ".join(SHARED_ARCHITECTURES)
         return f"exactness is established for {known}, and this model is a {config.model_type}"
-    if any(adapter.is_prompt_learning for adapter in getattr(model, "peft_config", {}).values()):
+    if isinstance(model, PeftModel) and any(adapter.is_prompt_learning for adapter in model.peft_config.values()):
         return "a prompt-learning adapter puts tokens of its own before the prompt"
     window = getattr(config, "sliding_window", None)
     if window is not None and (max_length is None or max_length > window):
@@ -128,9 +129,37 @@ def enable_prefix_sharing(model: nn.Module) -> None:
     batch's `pair_lengths` at each call. It isn't switched around the forward alone, because gradient checkpointing
     calls it again in the backward. transformers doesn't save the name in the model's config.
     """
-    causal_lm: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     causal_lm.set_attn_implementation(ATTENTION)
     add_answer_head(causal_lm)
+
+
+def hidden_states(causal_lm: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
+    """
+    What the head of `pair_logps` gets of a shared batch.
+
+    Args:
+        causal_lm: without wrappers, after `enable_prefix_sharing`; LoRA may be in its layers.
+        batch: of `PrefixSharedCollator`.
+
+    Returns:
+        Shape (1, T, H).
+    """
+    return causal_lm.base_model(**_shared_inputs(batch)).last_hidden_state
+
+
+def _shared_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """A model's arguments for a shared batch."""
+    inputs, lengths = batch["input_ids"], batch["pair_lengths"]
+    return {
+        "input_ids": inputs,
+        "position_ids": batch["position_ids"],
+        # A 4-D mask is passed through as it is, so none is built; empty, it fails where it would be applied.
+        "attention_mask": inputs.new_empty((1, 1, 0, 0)),
+        "pair_lengths": lengths,
+        "packed": None if inputs.device.type == "cpu" else packed_keys(lengths, inputs.device),
+        "use_cache": False,
+    }
 
 
 def pair_logps(model: nn.Module, batch: dict[str, Any], statistics: bool = True) -> PairOutputs:
@@ -145,23 +174,14 @@ def pair_logps(model: nn.Module, batch: dict[str, Any], statistics: bool = True)
         statistics: whether entropy, logits and first choices are wanted; a reference pass does without.
     """
     if "pair_lengths" in batch:
-        inputs, labels = batch["input_ids"], batch["shift_labels"]
-        on_cpu = inputs.device.type == "cpu"
-        head = {"shift_labels": labels, "fused_lm_head": True}
-        if on_cpu:
+        labels = batch["shift_labels"]
+        if labels.device.type == "cpu":
             head = {"answer_labels": labels, "answer_statistics": statistics}
-        outputs = model(
-            input_ids=inputs,
-            position_ids=batch["position_ids"],
-            # A 4-D mask is passed through as it is, so none is built; empty, it fails where it would be applied.
-            attention_mask=inputs.new_empty((1, 1, 0, 0)),
-            pair_lengths=batch["pair_lengths"],
-            packed=None if on_cpu else packed_keys(batch["pair_lengths"], inputs.device),
-            use_cache=False,
-            **head,
-        )
+        else:
+            head = {"shift_labels": labels, "fused_lm_head": True}
+        outputs = model(**_shared_inputs(batch), **head)
         parts = [size for k, n, m in batch["pair_lengths"] for size in (k - 1, n, m)]
-        tokens = torch.tensor(parts, device=inputs.device).view(-1, 3).unbind(1)[1:]
+        tokens = torch.tensor(parts, device=labels.device).view(-1, 3).unbind(1)[1:]
 
         def answer_sums(per_token: torch.Tensor) -> tuple[torch.Tensor, ...]:
             sums = [part.sum() for part in per_token[0].split(parts)]

@@ -1,174 +1,225 @@
-"""Reference log-probabilities, computed once: a cache on disk that is keyed by weights, precision and token ids."""
+"""Reference log-probabilities of rows, computed once: what no cache has is shared out to the ranks and kept."""
 
+import contextlib
+import gc
 import logging
-import os
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import safetensors.numpy
 import torch
 import torch.distributed as dist
-import xxhash
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
 from datasets import Dataset
-from huggingface_hub import constants
+from peft import PeftModel
+from torch import nn
 from tqdm import tqdm
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+from trl import DPOConfig, ModelConfig
+from trl.models.utils import prepare_deepspeed
+from trl.trainer.utils import add_fused_lm_head
 
+from core.modeling.policy import load_model, share_prefixes
+from core.modeling.prefix import (
+    HEAD_OUTPUTS,
+    PaddedCollator,
+    PrefixSharedCollator,
+    enable_prefix_sharing,
+    pair_logps,
+)
+from core.modeling.reference_cache import ReferenceCache, open_cache, sequence_keys
 from core.runtime.errors import RecipeError
 
-FORMAT = 1  # raise it when a key or a value comes to mean something else
-DEFAULT_FOLDER = Path(constants.HF_HOME) / "preference_reference"
-KEY_BYTES = 16
-SEPARATOR = b"\xff" * 4  # between prompt and answer: no token has this id
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 logger = logging.getLogger(__name__)
 
-Compute = Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]]
-
-
-class ReferenceCache:
-    """
-    Token-summed log-probabilities of (prompt, answer) sequences under one reference model.
-
-    Every write is a new file named by the digest of its content, written aside and renamed: any number of runs and
-    ranks may write at once, and a killed one leaves whole files only (and a temporary one that nobody reads).
-
-    Args:
-        folder: of all caches (the recipe's `reference_cache`).
-        namespace: of this model, from `namespace`.
-
-    Raises:
-        RecipeError: the folder can't be made.
-    """
-
-    def __init__(self, folder: str | Path, namespace: str):
-        self.folder = Path(folder).expanduser() / namespace
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecipeError(f"reference_cache {self.folder}: {error.strerror}; name a folder to write to") from error
-
-    def lookup(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        Args:
-            keys: shape (n, 16), uint8.
-
-        Returns:
-            The log-probabilities in nats, NaN where there is none, and which were found. Shapes (n,) and (n,).
-        """
-        shards = [shard for path in sorted(self.folder.glob("*.safetensors")) if (shard := _read(path))]
-        known = np.concatenate([np.empty((0, KEY_BYTES), np.uint8), *(shard["keys"] for shard in shards)])
-        logps = np.concatenate([[np.nan], *(shard["logps"] for shard in shards)])  # index 0: not found
-        index = pc.fill_null(pc.index_in(_binary(keys), value_set=_binary(known)), -1).to_numpy() + 1
-        return logps[index], index > 0
-
-    def append(self, keys: np.ndarray, logps: np.ndarray) -> None:
-        """
-        Add log-probabilities; a warning if the disk takes none.
-
-        Args:
-            keys: shape (n, 16), uint8.
-            logps: shape (n,), float64.
-        """
-        if not len(keys):
-            return
-        content = safetensors.numpy.save({"keys": np.ascontiguousarray(keys), "logps": np.ascontiguousarray(logps)})
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-                file.write(content)
-            os.chmod(temporary, 0o644)  # others may share the cache
-            os.replace(temporary, self.folder / f"{xxhash.xxh3_128_hexdigest(content)}.safetensors")
-        except OSError as error:
-            if temporary:
-                Path(temporary).unlink(missing_ok=True)
-            warnings.warn(
-                f"{self.folder}: {error.strerror}; {len(keys):,} reference log-probabilities are not kept and will be "
-                "computed again next time",
-                stacklevel=2,
-            )
-
-
-def namespace(weights: str, precision: str) -> str:
-    """The cache's folder name for a `weights.weights_digest` and what the reference forward computes in."""
-    return f"v{FORMAT}-{weights}-{precision}"
+# The reference forward of a list of rows: chosen and rejected log-probabilities, shapes (B,) and (B,).
+Forward = Callable[[list[dict[str, Any]]], tuple[torch.Tensor, torch.Tensor]]
 
 
 def reference_logps(
-    dataset: Dataset,
+    model: nn.Module,
+    accelerator: Accelerator,
+    rows: Dataset,
     cache: ReferenceCache,
-    compute: Compute,
+    collator: PaddedCollator | PrefixSharedCollator,
     *,
     batch_size: int,
+    description: str = "Reference log-probabilities",
+) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Token-summed log-probabilities of every row's answers under a model that is not trained yet: with LoRA, under the
+    base model. With DeepSpeed it takes an engine of its own, which is gone afterwards; where all rows are cached,
+    none is made.
+
+    Args:
+        model: the policy, ready for `pair_logps` over the collator's batches, and not yet prepared for training.
+        accelerator: the process group; its autocast is the forward's.
+        rows: the same on every rank, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        cache: of this model (`open_cache`).
+        collator: how pairs are laid out.
+        batch_size: pairs in the first micro-batch; later, shorter ones hold as many as give no more tokens.
+        description: of the progress bar.
+
+    Returns:
+        Chosen and rejected log-probabilities in nats, float64, shapes (rows,) and (rows,).
+
+    Raises:
+        RecipeError: the model gives a row NaN or infinity.
+    """
+    padded = isinstance(collator, PaddedCollator)
+    with contextlib.closing(Scorer(model, accelerator, collator)) as scorer:
+        return cached_logps(rows, cache, scorer, accelerator, batch_size, padded=padded, description=description)
+
+
+def reference_gaps(
+    rows: Dataset,
+    settings: ModelConfig,
+    args: DPOConfig,
+    *,
+    prefix_sharing: bool,
+    cache_folder: str | None,
+    pad_token_id: int,
+) -> np.ndarray:
+    """
+    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) of tokenised rows in nats.
+
+    The pass fills the reference cache, so the run that follows computes none of these rows again.
+
+    Args:
+        rows: see `reference_logps`. N of them.
+        settings: of the model that is to be trained.
+        args: precision, DeepSpeed, batch sizes and length limit of that run.
+        prefix_sharing, cache_folder: the recipe's `prefix_sharing` and `reference_cache`.
+        pad_token_id: where pairs are padded.
+
+    Returns:
+        Shape: (N,), float64.
+    """
+    model = load_model(settings)
+    sharing = share_prefixes(prefix_sharing, model, args.max_length)
+    add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
+    if sharing:
+        enable_prefix_sharing(model)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
+    if args.deepspeed_plugin is None:
+        model.to(accelerator.device)
+    else:
+        propagate_args_to_deepspeed(accelerator, args)
+    chosen, rejected = reference_logps(
+        model,
+        accelerator,
+        rows,
+        open_cache(cache_folder, settings, args),
+        PrefixSharedCollator() if sharing else PaddedCollator(pad_token_id),
+        batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
+        description="Reference log-probabilities (selection)",
+    )
+    # The run's trainer comes after: no model is to stay beside its own, and DeepSpeed takes one Accelerator at a time.
+    del model, accelerator
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    AcceleratorState._reset_state()
+    return chosen - rejected
+
+
+@contextlib.contextmanager
+def as_reference(model: nn.Module) -> Iterator[None]:
+    """Let the policy's forward be the reference's: without gradients, and with LoRA the base model's alone."""
+    with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+        yield
+
+
+class Scorer:
+    """A `Forward` of `model`, under DeepSpeed through an engine that its first call makes and `close` ends."""
+
+    def __init__(
+        self, model: nn.Module, accelerator: Accelerator, collator: PaddedCollator | PrefixSharedCollator
+    ) -> None:
+        self.model, self.accelerator, self.collator = model, accelerator, collator
+        self.engine: Any = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.engine is None and self.accelerator.state.deepspeed_plugin is not None:
+            # Before training DeepSpeed's parameters are on the CPU, or sharded.
+            self.engine = prepare_deepspeed(self.model, self.accelerator)
+        tokens = [{name: example[name] for name in TOKEN_COLUMNS} for example in examples]
+        batch = send_to_device(self.collator(tokens), self.accelerator.device)
+        with as_reference(self.model), self.accelerator.autocast():
+            outputs = pair_logps(self.engine or self.model, batch, statistics=False)
+        return outputs.chosen_logps, outputs.rejected_logps
+
+    def close(self) -> None:
+        """Take ZeRO-3's hooks off again: beside those of training they fail if they have seen but one forward."""
+        engine, self.engine = self.engine, None
+        if engine is None:
+            return
+        engine.empty_partition_cache()
+        engine.destroy()
+        for module in engine.module.modules():
+            for name in ("pre_bwd_fn", "post_bwd_fn"):  # they call this engine, and the next one would keep them
+                module.__dict__.pop(name, None)
+
+
+def cached_logps(
+    dataset: Dataset,
+    cache: ReferenceCache,
+    compute: Forward,
     accelerator: Accelerator,
+    batch_size: int,
+    *,
     padded: bool = False,
     description: str = "Reference log-probabilities",
     flush_seconds: float = 60.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Token-summed reference log-probabilities of every row, from the cache where it has them.
+    What `compute` gives for every row, from the cache where it is there.
 
     What is missing is computed longest first, so that a lack of memory shows at once, and each micro-batch is dealt to
     the ranks in turn. Each rank writes what it computed to its own disk and reads what is there; what any rank has is
     then shared with all, so nodes need no common disk. No random number is drawn.
 
     Args:
-        dataset: the same rows on every rank, with `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        cache: of the reference model's namespace.
-        compute: the reference forward of a list of rows: chosen and rejected log-probabilities, shapes (B,) and (B,).
-            Every rank calls it equally often, as ZeRO-3 needs; when all rows are cached, never.
-        batch_size: pairs in the first micro-batch; later, shorter ones hold as many as give no more tokens.
+        compute: every rank calls it equally often, as ZeRO-3 needs; when all rows are cached, never.
         padded: each answer repeats its prompt and is padded to the micro-batch's longest; else prompts are shared.
-        accelerator: the process group.
-        description: of the progress bar.
         flush_seconds: at most this much work is lost in a kill.
 
-    Returns:
-        Chosen and rejected log-probabilities in nats, float64, shapes (rows,) and (rows,).
-
-    Raises:
-        RecipeError: the reference model gives a row NaN or infinity.
+    The rest, the result and the errors: see `reference_logps`.
     """
     keys, lengths = sequence_keys(dataset)
-    # Equal sequences get one number, counted in order of first appearance.
-    codes = _binary(keys).dictionary_encode().indices.to_numpy().reshape(-1, 2)
-    _, first = np.unique(codes, return_index=True)
-    distinct = keys.reshape(-1, KEY_BYTES)[first]
-    logps, found = cache.lookup(distinct)
-    logps = _max_over_ranks(np.where(found, logps, -np.inf), accelerator)
+    # Equal sequences get one number, in order of first appearance.
+    numbers: dict[bytes, int] = {}
+    sequences = [[numbers.setdefault(key, len(numbers)) for key in pair] for pair in keys]
+    sequences = np.array(sequences, dtype=np.int64).reshape(-1, 2)
+    distinct = list(numbers)
+    _, first = np.unique(sequences, return_index=True)
+
+    logps = cache.lookup(distinct)
+    logps = _max_over_ranks(np.where(np.isnan(logps), -np.inf, logps), accelerator)
     missing = np.isneginf(logps)
     rows = np.unique(first[missing] // 2)  # where each missing sequence appears first
-    batches = _micro_batches(rows, lengths, batch_size, padded)
     logger.info("%s: %d of %d pairs are cached", description, len(dataset) - len(rows), len(dataset))
 
-    done = np.zeros(len(distinct), dtype=bool)
-
-    def flush() -> None:
-        keep = done & np.isfinite(logps)
-        cache.append(distinct[keep], logps[keep])
-        done[:] = False
-
+    done = np.zeros(len(distinct), dtype=bool)  # computed here, and not yet on the disk
+    flush = partial(_flush, cache, distinct, logps, done)
+    batches = _micro_batches(rows, lengths, batch_size, padded)
     rank, world_size, flushed = accelerator.process_index, accelerator.num_processes, time.monotonic()
     bar = tqdm(total=len(rows), desc=description, unit="pair", disable=rank > 0 or not len(rows))
     try:
         for start in range(0, len(batches), world_size):
             # Beyond the last micro-batch a rank repeats it, only to keep in step with the others.
             batch = batches[min(start + rank, len(batches) - 1)]
-            columns = dataset[batch.tolist()]
-            examples = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             with torch.no_grad():
-                computed = torch.stack(compute(examples), dim=1).double().cpu().numpy()
-            new = missing[codes[batch]]
-            logps[codes[batch][new]] = np.where(np.isfinite(computed), computed, np.inf)[new]
-            done[codes[batch][new]] = True
+                computed = torch.stack(compute([dataset[int(row)] for row in batch]), dim=1).double().cpu().numpy()
+            new = missing[sequences[batch]]
+            logps[sequences[batch][new]] = np.where(np.isfinite(computed), computed, np.inf)[new]
+            done[sequences[batch][new]] = True
             bar.update(sum(len(batch) for batch in batches[start : start + world_size]))
             if time.monotonic() - flushed > flush_seconds:
                 flush()
@@ -177,7 +228,7 @@ def reference_logps(
         flush()
         bar.close()
     logps = _max_over_ranks(logps, accelerator)
-    chosen, rejected = logps[codes].T.copy()
+    chosen, rejected = logps[sequences].T.copy()
     broken = np.flatnonzero(~np.isfinite(chosen + rejected))
     if len(broken):
         row = int(broken[0])
@@ -189,27 +240,11 @@ def reference_logps(
     return chosen, rejected
 
 
-def sequence_keys(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """
-    What the cache knows a row by: the digest of prompt + chosen ids and that of prompt + rejected ids. Labels, margins
-    and the order of the two answers don't enter; tokenizer, template and length limit do, through the ids.
-
-    Returns:
-        Keys, shape (rows, 2, 16), uint8, and the tokens of prompt, chosen and rejected, shape (rows, 3).
-    """
-    keys, lengths = bytearray(), []
-    columns = ["prompt_ids", "chosen_ids", "rejected_ids"]
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=4096):
-        sequences = [list(_token_bytes(table[name].combine_chunks())) for name in columns]
-        for prompt, *answers in zip(*sequences, strict=True):
-            head = xxhash.xxh3_128(prompt)
-            head.update(SEPARATOR)
-            for answer in answers:
-                whole = head.copy()
-                whole.update(answer)
-                keys += whole.digest()
-            lengths.append([len(part) // 4 for part in (prompt, *answers)])
-    return np.frombuffer(keys, np.uint8).reshape(-1, 2, KEY_BYTES), np.array(lengths, dtype=np.int64).reshape(-1, 3)
+def _flush(cache: ReferenceCache, keys: list[bytes], logps: np.ndarray, done: np.ndarray) -> None:
+    """Put on the disk what is done and finite, and mark it as no longer to do."""
+    keep = np.flatnonzero(done & np.isfinite(logps))
+    cache.append([keys[i] for i in keep], logps[keep])
+    done[:] = False
 
 
 def _micro_batches(rows: np.ndarray, lengths: np.ndarray, batch_size: int, padded: bool) -> list[np.ndarray]:
@@ -235,26 +270,3 @@ def _max_over_ranks(values: np.ndarray, accelerator: Accelerator) -> np.ndarray:
     tensor = torch.from_numpy(values).to(accelerator.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.cpu().numpy()
-
-
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        content = path.read_bytes()
-    except OSError:  # somebody has just removed it, or may not have it read
-        return None
-    if xxhash.xxh3_128_hexdigest(content) == path.stem:
-        return safetensors.numpy.load(content)
-    warnings.warn(f"{path} is damaged: its rows are computed again; delete it to end this warning", stacklevel=3)
-    return None
-
-
-def _binary(keys: np.ndarray) -> pa.FixedSizeBinaryArray:
-    keys = np.ascontiguousarray(keys).reshape(-1, KEY_BYTES)
-    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(KEY_BYTES), len(keys), [None, pa.py_buffer(keys)])
-
-
-def _token_bytes(sequences: pa.ListArray) -> Iterator[memoryview]:
-    """Each row's token ids as little-endian 32-bit integers, whatever type the column has."""
-    ids = memoryview(sequences.flatten().to_numpy(zero_copy_only=False).astype("<i4")).cast("B")
-    ends = np.cumsum(sequences.value_lengths().to_numpy()).tolist()
-    return (ids[4 * start : 4 * end] for start, end in zip([0, *ends], ends, strict=False))

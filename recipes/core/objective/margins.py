@@ -13,13 +13,13 @@ from core.runtime.errors import RecipeError
 MAX_SEVERITY = 3
 
 
-def _column(rows: Dataset, name: str) -> np.ndarray:
+def number_column(rows: Dataset, name: str) -> np.ndarray:
     """A nullable column as float64, NaN where it is null. Shape: (N,)."""
-    column = rows.with_format("arrow")[name]
-    return np.concatenate(
-        [np.asarray(chunk.cast("double").to_numpy(zero_copy_only=False), dtype=np.float64) for chunk in column.chunks]
-        or [np.empty(0)]
-    )
+    return rows.with_format("arrow")[name].cast("double").to_numpy()
+
+
+def _score_gap(rows: Dataset) -> np.ndarray:
+    return number_column(rows, "score_chosen") - number_column(rows, "score_rejected")
 
 
 def _refuse(rows: Dataset, bad: np.ndarray, what: str) -> None:
@@ -30,11 +30,9 @@ def _refuse(rows: Dataset, bad: np.ndarray, what: str) -> None:
 
 def pair_classes(rows: Dataset) -> np.ndarray:
     """Index into `PAIR_CLASSES` of each row. Shape: (N,), int64."""
-    chosen, rejected = _column(rows, "chosen_safe"), _column(rows, "rejected_safe")
-    labelled = ~(np.isnan(chosen) | np.isnan(rejected))
-    classes = np.full(len(rows), PAIR_CLASSES.index("unlabelled"))
-    classes[labelled] = (2 * (1 - chosen[labelled]) + (1 - rejected[labelled])).astype(np.int64)
-    return classes
+    chosen, rejected = number_column(rows, "chosen_safe"), number_column(rows, "rejected_safe")
+    unlabelled = np.isnan(chosen) | np.isnan(rejected)
+    return np.where(unlabelled, PAIR_CLASSES.index("unlabelled"), 2 * (chosen == 0) + (rejected == 0))
 
 
 def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
@@ -48,11 +46,10 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
     indicators = []
     for answer, weight, letter in (("chosen", margin.a, "a"), ("rejected", margin.b, "b")):
         if margin.indicator == "severity":
-            indicator = 1 - _column(rows, f"{answer}_severity") / MAX_SEVERITY
-            what = "severity"
+            what, indicator = "severity", 1 - number_column(rows, f"{answer}_severity") / MAX_SEVERITY
         else:
-            indicator = _column(rows, f"{answer}_safe")
-            what = "safety label"
+            what, indicator = "safety label", number_column(rows, f"{answer}_safe")
+        indicators.append(indicator)
         if weight:
             _refuse(
                 rows,
@@ -60,10 +57,9 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
                 f"have no {what} for the {answer} answer, which margin.{letter} = {weight:g} weighs (map it under "
                 f"columns, or set margin.{letter}: 0)",
             )
-        indicators.append(indicator)
     gap = None
     if margin.k:
-        gap = _column(rows, "score_chosen") - _column(rows, "score_rejected")
+        gap = _score_gap(rows)
         _refuse(
             rows,
             np.isnan(gap),
@@ -77,7 +73,7 @@ def row_margins(rows: Dataset, margin: Margin) -> np.ndarray:
                 "have a score gap of 0 or below, which has no logarithm (selection.hygiene.ties: drop takes out the "
                 "ties; a better answer with the lower score is a wrong mapping)",
             )
-    values = row_margin(margin.a, margin.b, margin.k, margin.c, margin.phi, indicators[0], indicators[1], gap)
+    values = row_margin(margin.a, margin.b, margin.k, margin.c, margin.phi, *indicators, gap)
     if margin.link == "signed" and margin.p < 0:
         _refuse(rows, values == 0, f"have margin 0, whose weight abs(2m)^{margin.p:g} is infinite (set margin.p or c)")
     return values
@@ -94,8 +90,7 @@ def margin_warnings(rows: Dataset, margin: Margin, values: np.ndarray, relabelle
             "or soft link"
         )
     if margin.k and margin.phi == "log":
-        gap = _column(rows, "score_chosen") - _column(rows, "score_rejected")
-        below = int((gap < 1).sum())
+        below = int((_score_gap(rows) < 1).sum())
         if below:
             warnings.append(f"{below} of {len(values)} rows have a score gap under 1, whose logarithm is negative")
     return warnings
@@ -103,18 +98,12 @@ def margin_warnings(rows: Dataset, margin: Margin, values: np.ndarray, relabelle
 
 def link_settings(margin: Margin, beta: float) -> dict[str, float | str | bool]:
     """The keyword arguments of `shifted_margin_loss` that a recipe sets."""
-    return {
-        "beta": beta,
-        "link": margin.link,
-        "scaled": margin.scaled,
-        "p": margin.p,
-        "epsilon": margin.epsilon,
-    }
+    return {"beta": beta} | {name: getattr(margin, name) for name in ("link", "scaled", "p", "epsilon")}
 
 
 def first_losses(values: Sequence[float] | np.ndarray, margin: Margin, beta: float) -> np.ndarray:
     """The loss of each row at Δ = 0, before any update. Shape: (N,) → (N,)."""
-    values = torch.as_tensor(np.asarray(values), dtype=torch.float64)
+    values = torch.tensor(values, dtype=torch.float64)  # a copy: columns of a dataset are not writable
     return shifted_margin_loss(torch.zeros_like(values), values, **link_settings(margin, beta)).numpy()
 
 

@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from core.runtime.described import key
+
 Link = Literal["logistic", "hinge", "squared", "signed", "soft"]
 
 # A preset is explicit numbers; what it leaves out stands at the defaults of `Margin`.
@@ -38,16 +40,18 @@ PAIR_CLASSES = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe", "unl
 class Margin:
     """The shifted reward margin m = a·I_w − b·I_l + k·φ(score_w − score_l) + c and its link; see `losses.py`."""
 
-    preset: Preset | None = None
-    a: float = 0.0
-    b: float = 0.0
-    k: float = 0.0
-    c: float = 0.0
-    phi: Literal["identity", "log"] = "identity"
-    indicator: Literal["safe", "severity"] = "safe"  # I: the safety label, or 1 − severity/3
-    link: Link = "logistic"
-    scaled: bool = False
-    p: float = 1.0
-    epsilon: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
-    length_normalized: bool = False
-    reference_free: bool = False
+    preset: Preset | None = key(None, "a published method's numbers; keys given beside it come before", "bfpo")
+    a: float = key(0.0, "weight of I_w, the chosen answer's safety", "1.5")
+    b: float = key(0.0, "weight of I_l, the rejected answer's safety", "0.5")
+    k: float = key(0.0, "weight of φ(score_w − score_l)", "1.0")
+    c: float = key(0.0, "the constant; BFPO's −α, SimPO's γ", "-0.5")
+    phi: Literal["identity", "log"] = key("identity", "φ, of the difference of scores", "log")
+    indicator: Literal["safe", "severity"] = key("safe", "I: the safety label, or 1 − severity/3", "severity")
+    link: Link = key("logistic", "the loss as a function of βΔ and m", "squared")
+    scaled: bool = key(False, "with link squared: (βΔ − m)² instead of (Δ − m/β)²", "true")
+    p: float = key(1.0, "with link signed: exponent of the weight abs(2m)", "-1.0")
+    epsilon: Annotated[float, Field(ge=0, lt=0.5)] = key(
+        0.01, "with link soft: the least probability of either order", "0.1"
+    )
+    length_normalized: bool = key(False, "log-probabilities as means over the answer's tokens", "true")
+    reference_free: bool = key(False, "no reference: Δ is of the policy alone", "true")

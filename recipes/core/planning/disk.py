@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.modeling.parameters import count_parameters
 from core.runtime.errors import RecipeError
 from core.runtime.output_folder import existing_parent
@@ -62,45 +62,56 @@ def checkpoints_kept(args: Any, steps: int) -> int:
     return saves if args.save_total_limit is None else min(saves, args.save_total_limit + 1)
 
 
-def disk_needed(saved: Saved, args: Any, steps: int) -> tuple[int, str]:
-    """Bytes that the run takes in its output folder, and what for, in words."""
+@dataclass(frozen=True)
+class Room:
+    """What a run takes in its output folder."""
+
+    needed: int  # bytes
+    there: int  # of these, when a run goes on: written already
+    what: str
+
+    def __str__(self) -> str:
+        known = f", of which {self.there / 1e9:.1f} GB are there" if self.there else ""
+        return f"{self.what}: {self.needed / 1e9:.1f} GB{known}"
+
+    def check(self, folder: str | Path) -> None:
+        """
+        Raises:
+            RecipeError: less than what is missing is free where `folder` is or will be.
+        """
+        free = shutil.disk_usage(existing_parent(Path(folder))).free
+        if free < self.needed - self.there:
+            known = f", of which {self.there / 1e9:.1f} GB are there," if self.there else ""
+            raise RecipeError(
+                f"{folder}: {self.what} need {self.needed / 1e9:.1f} GB{known} and {free / 1e9:.1f} GB are free on "
+                "that disk; make room, choose another output_dir, or keep fewer checkpoints (save_total_limit)"
+            )
+
+
+def room_for(saved: Saved, args: Any, steps: int) -> Room:
+    """
+    What a run of `steps` updates takes, and what of it a run that goes on has written: the checkpoints that stay while
+    the next one is written, what an interrupted save left behind, which goes before that, and final weights, written
+    over.
+    """
     kept, each = checkpoints_kept(args, steps), saved.checkpoint(args.optim, args.save_only_model)
-    bytes_ = kept * each + saved.model()
-    if not kept:
-        return bytes_, "the final weights"
-    return bytes_, f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / 1e9:.1f} GB and the final weights"
-
-
-def bytes_there(args: Any, steps: int) -> int:
-    """
-    What of `disk_needed` is in the output folder already when a run goes on: the checkpoints that stay while the next
-    one is written, what an interrupted save left behind, which goes before that, and final weights, written over.
-    """
-    folder, kept = Path(args.output_dir), checkpoints_kept(args, steps)
+    checkpoints = f"{kept} checkpoint{'s' if kept > 1 else ''} of {each / 1e9:.1f} GB and " if kept else ""
+    folder, stay = Path(args.output_dir), kept
     if args.save_total_limit is not None:
-        kept = min(kept, args.save_total_limit)
+        stay = min(kept, args.save_total_limit)
     files = [path for name in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(name)]
-    for inside in (folder / ASIDE, *numbered(folder)[:kept]):
+    for inside in (folder / ASIDE, *numbered(folder)[:stay]):
         files += inside.rglob("*")
-    return sum(path.stat().st_size for path in files if path.is_file())
+    there = sum(path.stat().st_size for path in files if path.is_file())
+    return Room(kept * each + saved.model(), there, f"{checkpoints}the final weights")
 
 
-def check_disk(folder: str | Path, needed: int, what: str, there: int = 0) -> None:
-    """
-    Raises:
-        RecipeError: less than `needed` bytes are free where `folder` is or will be, or `there`; `what` says for what.
-    """
-    place = existing_parent(Path(folder))
-    free = shutil.disk_usage(place).free
-    if free < needed - there:
-        known = f", of which {there / 1e9:.1f} GB are there," if there else ""
-        raise RecipeError(
-            f"{folder}: {what} need {needed / 1e9:.1f} GB{known} and {free / 1e9:.1f} GB are free on that disk; make "
-            "room, choose another output_dir, or keep fewer checkpoints (save_total_limit)"
-        )
+def updates_in_all(args: Any, updates: int) -> int:
+    """Updates of a run with `updates` in an epoch."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
 
 
-def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:
+def check_room(model: PreTrainedModel, resolved: Run, rows: int) -> None:
     """
     For the start of a run, on every rank.
 
@@ -117,6 +128,5 @@ def check_room(model: PreTrainedModel, resolved: Resolved, rows: int) -> None:
     # An adapter is not there yet, and is small.
     saved = Saved(0 if adapter else total, 0 if adapter else trained, model.dtype.itemsize, stage)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(rows / per_update * args.num_train_epochs)
-    steps = max(1, steps)
-    first_rank_decides(lambda: check_disk(args.output_dir, *disk_needed(saved, args, steps), bytes_there(args, steps)))
+    steps = updates_in_all(args, math.ceil(rows / per_update))
+    first_rank_decides(lambda: room_for(saved, args, steps).check(args.output_dir))

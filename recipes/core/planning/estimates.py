@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
+from transformers import PreTrainedTokenizerBase
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.data.tokens import token_lengths
-from core.modeling.prefix import unsupported_reason
-from core.planning.disk import Saved, bytes_there, check_disk, disk_needed
+from core.planning.disk import Saved, room_for, updates_in_all
 from core.planning.findings import Findings
+from core.planning.inspection import inspect_conversations, inspect_pairs
 from core.planning.memory import Part, Work, phases, states
 from core.planning.memory_trace import FakeModel, MicroBatch, largest_micro_batch
 from core.reporting.tables import print_table
@@ -20,11 +20,36 @@ from core.selection.replay import ReplaySampler
 from core.training.throughput import GIB
 
 
-def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> int:
+def inspect_rows(
+    resolved: Run,
+    launch: Launch,
+    tokenizer: PreTrainedTokenizerBase | None,
+    shared: bool,
+    findings: Findings,
+) -> tuple[int, MicroBatch | None]:
+    """
+    Show the rows, the batch and the steps.
+
+    Returns:
+        The updates of the whole run, and the largest micro-batch; None where no row could be tokenised.
+    """
+    steps, largest = 1, None
+    if resolved.kind == "dpo":
+        train = inspect_pairs(resolved, tokenizer, findings)
+        if train is not None:
+            steps, largest = inspect_batch(resolved, launch, train, shared, findings)
+    else:
+        count, longest = inspect_conversations(resolved, tokenizer, findings)
+        if count:
+            steps, largest = inspect_sft_batch(resolved, launch, count, longest)
+    return steps, largest
+
+
+def show_batch(resolved: Run, launch: Launch, rows: str, updates: int) -> int:
     """The size of an update and the number of them; returns the latter. `updates`: in an epoch."""
     args = resolved.training
     batch, steps, n = args.per_device_train_batch_size, args.gradient_accumulation_steps, launch.world_size
-    total = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    total = updates_in_all(args, updates)
     warmup = math.ceil(args.warmup_steps * total) if args.warmup_steps < 1 else int(args.warmup_steps)
     size = f"{batch} per device x {steps} accumulation x {n} process{'es' if n > 1 else ''} = {batch * steps * n}"
     print(f"\nBatch: {size} {rows} per update")
@@ -33,16 +58,16 @@ def show_batch(resolved: Resolved, launch: Launch, rows: str, updates: int) -> i
 
 
 def inspect_batch(
-    resolved: Resolved, launch: Launch, train: Pairs, shared: bool, findings: Findings
+    resolved: Run, launch: Launch, train: Pairs, shared: bool, findings: Findings
 ) -> tuple[int, MicroBatch | None]:
     """Batch, steps and tokens of a preference run; returns the steps and the largest micro-batch (None: unknown)."""
     recipe, args = resolved.recipe, resolved.training
     known = "prompt_ids" in train.dataset.column_names
-    lengths = token_lengths(train.dataset) if known else None
+    lengths = token_lengths(train.dataset) if known else np.ones((len(train.dataset), 3), int)
     sampler = findings.attempt(
         ReplaySampler,
         train.is_buffer,
-        lengths.sum(axis=1) if known else np.ones(len(train.dataset)),
+        lengths.sum(axis=1),
         task=recipe.selection.replay.task,
         buffer=recipe.selection.replay.buffer,
         batch_size=args.per_device_train_batch_size,
@@ -58,17 +83,14 @@ def inspect_batch(
     if not known:
         return total, None
     order, (k, n, m) = sampler.order(0), lengths.T
-    pairs = k + n + m - 1
     padded = 2 * (k + np.maximum(n, m))[order].max(axis=-1).sum() * order.shape[-1]
-    tokens = int(pairs[order].sum() if shared else padded)
+    tokens = int((k + n + m - 1)[order].sum() if shared else padded)
     saved = f", {1 - tokens / padded:.0%} fewer than padded" if shared else ""
     print(f"Tokens: {tokens:,} an epoch, {tokens // sampler.updates:,} an update on all devices{saved}")
     return total, largest_micro_batch(lengths, order, shared)
 
 
-def inspect_sft_batch(
-    resolved: Resolved, launch: Launch, count: int, longest: int | None
-) -> tuple[int, MicroBatch | None]:
+def inspect_sft_batch(resolved: Run, launch: Launch, count: int, longest: int | None) -> tuple[int, MicroBatch | None]:
     """The same of an SFT run with `count` conversations, the longest of `longest` tokens; rows are padded."""
     args = resolved.training
     micro_batches = math.ceil(math.ceil(count / args.per_device_train_batch_size) / launch.world_size)
@@ -77,28 +99,8 @@ def inspect_sft_batch(
     return total, longest and MicroBatch(rows=args.per_device_train_batch_size, length=longest)
 
 
-def shares_prefixes(resolved: Resolved, model: FakeModel, findings: Findings) -> bool:
-    """Whether pairs share their prompts, as `policy.share_prefixes` decides it."""
-    if not resolved.recipe.prefix_sharing:
-        return False
-    reason = unsupported_reason(model.policy, resolved.training.max_length)
-    if reason:
-        findings.note(f"prefix_sharing falls back to padded pairs: {reason}")
-    return reason is None
-
-
-# -------------------------------------------------------------------------------------------------- memory and disk
-
-
-def build_model(resolved: Resolved, config: PretrainedConfig, findings: Findings) -> FakeModel | None:
-    """The policy without its weights."""
-    model = resolved.model
-    dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
-    return findings.attempt(FakeModel, config, model, resolved.recipe.trainable_parameters, dtype)
-
-
-def worst_micro_batch(resolved: Resolved, shared: bool) -> MicroBatch | None:
-    """Where no row could be tokenised: every row fills max_length."""
+def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
+    """Every row fills max_length."""
     rows, length = resolved.training.per_device_train_batch_size, resolved.training.max_length
     if length is None:
         return None
@@ -108,23 +110,28 @@ def worst_micro_batch(resolved: Resolved, shared: bool) -> MicroBatch | None:
     return MicroBatch(rows=rows * (2 if resolved.kind == "dpo" else 1), length=length)
 
 
+# -------------------------------------------------------------------------------------------------- memory and disk
+
+
 def inspect_memory(
-    resolved: Resolved,
+    resolved: Run,
     launch: Launch,
     model: FakeModel,
-    batch: MicroBatch,
+    batch: MicroBatch | None,
     half: bool,
     limit: float | None,
     findings: Findings,
-) -> float:
+) -> None:
     """
-    Print the estimate and its formula; returns the peak in bytes.
+    Print the estimate and its formula, and hold the peak against the device's memory.
 
     Args:
-        batch: the largest micro-batch.
+        batch: the largest micro-batch; None: unknown, and nothing is estimated.
         half: the run has bf16 or fp16.
         limit: bytes of a device; None: unknown.
     """
+    if batch is None:
+        return
     args, dtype = resolved.training, model.causal_lm.dtype
     live = resolved.kind == "dpo" and not (
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
@@ -163,17 +170,12 @@ def inspect_memory(
             "more GPUs or accelerate_configs/zero3-offload.yaml, a smaller per_device_train_batch_size or max_length, "
             "trainable_parameters, or gradient_checkpointing"
         )
-    return peak
 
 
-def inspect_disk(
-    resolved: Resolved, launch: Launch, model: FakeModel, half: bool, steps: int, findings: Findings
-) -> None:
+def inspect_disk(resolved: Run, launch: Launch, model: FakeModel, half: bool, steps: int, findings: Findings) -> None:
     """What checkpoints and weights take, against what is free."""
     width = 2 if launch.zero_stage and half else model.causal_lm.dtype.itemsize
     saved = Saved(model.total, model.trained, width, launch.zero_stage, bool(resolved.model.use_peft))
-    needed, what = disk_needed(saved, resolved.training, steps)
-    there = bytes_there(resolved.training, steps)
-    known = f", of which {there / 1e9:.1f} GB are there" if there else ""
-    print(f"\nDisk: {what}: {needed / 1e9:.1f} GB{known}")
-    findings.attempt(check_disk, resolved.training.output_dir, needed, what, there)
+    room = room_for(saved, resolved.training, steps)
+    print(f"\nDisk: {room}")
+    findings.attempt(room.check, resolved.training.output_dir)

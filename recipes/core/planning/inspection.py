@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from core.config.parsing import Resolved
+from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
@@ -17,21 +17,19 @@ from core.objective.margins import first_losses
 from core.planning.findings import Findings
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
-from core.runtime.environment import check_model_path, hub_is_off, hub_is_reachable
 from core.runtime.errors import RecipeError
-from core.runtime.output_folder import claim_output_dir
+from core.runtime.network import hub_is_off, hub_is_reachable
 from core.selection.buffer import refuse_overlap
 from core.selection.pairs import Pairs, prepare_pairs
+from core.training.session import check_models
 from core.training.tracking import why_wandb_is_offline
 
 SHOWN_CHARACTERS = 1200  # of each part of a pair
 SAMPLE = 2000  # conversations that an SFT check tokenises
 
 
-def check_surroundings(resolved: Resolved, findings: Findings) -> None:
-    """The output folder, and what the network is needed for."""
-    values = resolved.values
-    findings.attempt(claim_output_dir, values["output_dir"], values, bool(values.get("resume_from_checkpoint")))
+def show_network(resolved: Run) -> None:
+    """What the network is needed for, and whether it is there."""
     if hub_is_off():
         print("Hub: not asked; model and data are on this disk, or HF_HUB_OFFLINE is set")
     else:
@@ -42,14 +40,11 @@ def check_surroundings(resolved: Resolved, findings: Findings) -> None:
         print(f"wandb: WANDB_MODE={mode}" if mode else f"wandb: {'offline, ' + reason if reason else 'online'}")
 
 
-def open_model(
-    resolved: Resolved, findings: Findings
-) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
+def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
     """The model's config and its tokenizer, each None where it cannot be had."""
-    model, recipe = resolved.model, resolved.recipe
-    path = model.model_name_or_path
+    model, recipe, path = resolved.model, resolved.recipe, resolved.model.model_name_or_path
     try:
-        check_model_path(path, model.model_revision)
+        check_models(resolved)
     except RecipeError as error:
         findings.fault(str(error))
         return None, None
@@ -73,7 +68,7 @@ def open_model(
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
-def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
+def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
     """Select the rows as the run would, and show them; None where no task row can be read."""
     recipe, args = resolved.recipe, resolved.training
     if recipe.selection.score is not None and recipe.selection.score.signal == "reference_gap":
@@ -93,21 +88,11 @@ def inspect_pairs(resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None,
     if train is None:
         return None
     if held_out is not None:
-        findings.attempt(refuse_overlap, train.audit.rows, held_out.dataset, args.dataset_num_proc)
+        findings.attempt(refuse_overlap, train.audit, held_out.audit)
     show_selection(train, recipe.margin, args.beta)
     if held_out is not None:
         show_selection(held_out, recipe.margin, args.beta, "evaluation")
-    losses = first_losses(train.margins, recipe.margin, args.beta)
-    if recipe.margin.reference_free:
-        print("\nWithout a reference Δ is not 0 at the start, so no first loss is expected.")
-    else:
-        expected = losses[~train.is_buffer].mean()
-        shown = f"task {number(float(expected))}"
-        if train.is_buffer.any():
-            buffer = losses[train.is_buffer].mean()
-            expected += recipe.selection.replay.weight * buffer
-            shown += f", buffer {number(float(buffer))} x {recipe.selection.replay.weight:g}"
-        print(f"\nExpected loss at step 0: {number(float(expected))} ({shown}), as the mean over all rows")
+    _show_first_loss(train, resolved)
     if tokenizer is not None:
         _show_pairs(train, tokenizer)
         _show_lengths(dict(zip(("prompt", "chosen", "rejected"), token_lengths(train.dataset).T, strict=True)))
@@ -121,10 +106,27 @@ def _readable(
     return [entry for entry in entries if findings.attempt(load, entry) is not None]
 
 
+def _show_first_loss(train: Pairs, resolved: Run) -> None:
+    margin, weight = resolved.recipe.margin, resolved.recipe.selection.replay.weight
+    if margin.reference_free:
+        print("\nWithout a reference Δ is not 0 at the start, so no first loss is expected.")
+        return
+    losses = first_losses(train.margins, margin, resolved.training.beta)
+    expected = float(losses[~train.is_buffer].mean())
+    shown = f"task {number(expected)}"
+    if train.is_buffer.any():
+        buffer = float(losses[train.is_buffer].mean())
+        expected += weight * buffer
+        shown += f", buffer {number(buffer)} x {weight:g}"
+    print(f"\nExpected loss at step 0: {number(expected)} ({shown}), as the mean over all rows")
+
+
 def _show_pairs(train: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
-    sources = np.asarray(train.dataset["source"])
-    for source in dict.fromkeys(sources.tolist()):
-        row = train.dataset[int(np.flatnonzero(sources == source)[0])]
+    first: dict[str, int] = {}
+    for index, source in enumerate(train.dataset["source"]):
+        first.setdefault(source, index)
+    for source, index in first.items():
+        row = train.dataset[index]
         print(f"\nThe first pair of {source} as the model sees it ({row['row_id']}, margin {row['margin']:g})")
         for part in ("prompt", "chosen", "rejected"):
             _show_text(part, tokenizer.decode(row[f"{part}_ids"]))
@@ -146,7 +148,7 @@ def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
 
 
 def inspect_conversations(
-    resolved: Resolved, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
+    resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
 ) -> tuple[int, int | None]:
     """Load an SFT stage's conversations and show them: how many there are, and the tokens of the longest."""
     recipe, args = resolved.recipe, resolved.training
@@ -156,30 +158,39 @@ def inspect_conversations(
 
     for entry in recipe.eval_datasets:
         findings.attempt(load, entry)
-    count, longest, table = 0, None, {}
+    count, lengths = 0, {}
     for entry in recipe.datasets:
         rows = findings.attempt(load, entry)
         if rows is None:
             continue
         count += len(rows)
-        print(f"\n{entry.source or entry.path}: {len(rows):,} conversations")
-        if tokenizer is None:
-            continue
-        sample = rows.select(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int))
-        messages = list(lead_with(recipe.system_message, sample)["messages"])
-        tokens = render(tokenizer, messages, open_turn=False)
-        prompt = render(tokenizer, [messages[0][:-1]], open_turn=True)[0]
-        if tokens[0][: len(prompt)] != prompt:
-            findings.note(f"{entry.path}: the template renders a conversation otherwise than its prompt alone")
-        _show_text("prompt", tokenizer.decode(tokens[0][: len(prompt)]))
-        _show_text("answer", tokenizer.decode(tokens[0][len(prompt) :]))
-        lengths = np.array([len(ids) for ids in tokens])
-        table[f"{entry.source or entry.path}{f' (sample of {SAMPLE:,})' if len(rows) > SAMPLE else ''}"] = lengths
-        if args.max_length is not None:
-            cut = (lengths > args.max_length).mean()
-            print(f"  {cut:.1%} are longer than max_length {args.max_length} and are cut there")
-            lengths = np.minimum(lengths, args.max_length)
-        longest = max(longest or 0, int(lengths.max()))
-    if table:
-        _show_lengths(table)
-    return count, longest
+        name = entry.source or entry.path
+        print(f"\n{name}: {len(rows):,} conversations")
+        if tokenizer is not None:
+            sampled = f" (sample of {SAMPLE:,})" if len(rows) > SAMPLE else ""
+            lengths[name + sampled] = _show_conversations(entry.path, rows, resolved, tokenizer, findings)
+    if not lengths:
+        return count, None
+    _show_lengths(lengths)
+    longest = max(int(tokens.max()) for tokens in lengths.values())
+    return count, longest if args.max_length is None else min(longest, args.max_length)
+
+
+def _show_conversations(
+    path: str, rows: Dataset, resolved: Run, tokenizer: PreTrainedTokenizerBase, findings: Findings
+) -> np.ndarray:
+    """The first conversation of a source as the model sees it; returns the tokens of all, or of a sample."""
+    max_length = resolved.training.max_length
+    sample = rows.select(np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int))
+    messages = list(lead_with(resolved.recipe.system_message, sample)["messages"])
+    tokens = render(tokenizer, messages, open_turn=False)
+    prompt = render(tokenizer, [messages[0][:-1]], open_turn=True)[0]
+    if tokens[0][: len(prompt)] != prompt:
+        findings.note(f"{path}: the template renders a conversation otherwise than its prompt alone")
+    _show_text("prompt", tokenizer.decode(tokens[0][: len(prompt)]))
+    _show_text("answer", tokenizer.decode(tokens[0][len(prompt) :]))
+    lengths = np.array([len(ids) for ids in tokens])
+    if max_length is not None:
+        cut = (lengths > max_length).mean()
+        print(f"  {cut:.1%} are longer than max_length {max_length} and are cut there")
+    return lengths

@@ -30,7 +30,7 @@ On top come, never at once:
 
 Not in it: the context of CUDA and NCCL, the imports of a CPU process, fragmentation, and what glibc keeps of freed
 memory. Held against the peaks of whole CPU runs in float32 with 63.4 M parameters and gradient checkpointing, imports
-subtracted and freed memory given back at once (`tests/torture.py --only memory`): one process 1.10 GiB estimated and
+subtracted and freed memory given back at once (`make torture ARGS="-k memory"`): one process 1.10 GiB estimated and
 1.15 measured, down_proj alone 0.64 and 0.58; ZeRO-3 on two processes 1.53 and 1.55, down_proj alone 0.81 and 0.93. As
 glibc keeps freed memory by itself, such runs took 0.3 to 0.6 GiB more. No GPU was measured.
 """

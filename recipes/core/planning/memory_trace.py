@@ -25,7 +25,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from core.modeling.head import AnswerLogProbs
 from core.modeling.parameters import count_parameters, lora_config, select_parameters
-from core.modeling.prefix import HEAD_OUTPUTS, PrefixSharedCollator, enable_prefix_sharing
+from core.modeling.prefix import HEAD_OUTPUTS, enable_prefix_sharing, hidden_states
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,13 @@ class FakeModel:
         config: of the model.
         model: the recipe's model settings.
         patterns: the recipe's trainable_parameters.
-        dtype: of the weights.
 
     Raises:
         RecipeError: a pattern that matches no parameter.
     """
 
-    def __init__(
-        self, config: PretrainedConfig, model: ModelConfig, patterns: list[str] | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: PretrainedConfig, model: ModelConfig, patterns: list[str] | None) -> None:
+        dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
         with torch.device("meta"):
             self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
@@ -71,9 +69,12 @@ class FakeModel:
             adapters = lora_config(model, patterns, self.causal_lm)
             self.policy = self.causal_lm if adapters is None else get_peft_model(self.causal_lm, adapters)
         self.trained, self.total = count_parameters(self.policy)
-        # On the meta device sdpa would keep all its weights, which no kernel that trains does.
+        # On the meta device sdpa would keep all its weights, which no kernel that trains does. So the tensors become
+        # ones without storage that are of the CPU for all that torch can see.
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        _pretend_on_cpu(self.policy, self.mode)
+        with self.mode:
+            self.policy.to_empty(device="cpu")
+        self.causal_lm.tie_weights()
 
     def trace(
         self,
@@ -132,34 +133,17 @@ class FakeModel:
         """As `prefix.pair_logps` has it, but that which positions are scored must not depend on values."""
         if not batch.pair_lengths:
             add_fused_lm_head(self.causal_lm, outputs=HEAD_OUTPUTS)
-            ids, mask = _padded(batch)
+            ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+            mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)  # as transformers builds it
             outputs = self.policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False)
             return outputs.log_probs
         enable_prefix_sharing(self.causal_lm)
-        examples = [
-            {"prompt_ids": [0] * k, "chosen_ids": [0] * n, "rejected_ids": [0] * m} for k, n, m in batch.pair_lengths
-        ]
-        shapes = {key: value.shape for key, value in PrefixSharedCollator()(examples).items() if key != "pair_lengths"}
-        ids, positions = (torch.zeros(shapes[key], dtype=torch.long) for key in ("input_ids", "position_ids"))
-        hidden = self.causal_lm.base_model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=ids.new_empty((1, 1, 0, 0)),
-            pair_lengths=batch.pair_lengths,
-            packed=None,
-            use_cache=False,
-        ).last_hidden_state
+        ids, positions = (torch.zeros(1, batch.tokens, dtype=torch.long) for _ in range(2))
+        shared = {"input_ids": ids, "position_ids": positions, "pair_lengths": batch.pair_lengths}
+        hidden = hidden_states(self.causal_lm, shared).flatten(0, 1)
         head = self.causal_lm.get_output_embeddings()
         scored = torch.zeros(sum(n + m for _, n, m in batch.pair_lengths), dtype=torch.long)
-        return AnswerLogProbs.apply(
-            hidden.flatten(0, 1).index_select(0, scored), head.weight, head.bias, scored, True
-        )[0]
-
-
-def _padded(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids, and a mask in the form that transformers would build of it."""
-    ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
-    return ids, torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)
+        return AnswerLogProbs.apply(hidden.index_select(0, scored), head.weight, head.bias, scored, True)[0]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -190,21 +174,6 @@ class LiveBytes(TorchDispatchMode):
         self.alive[key] = weakref.ref(storage, freed)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-def _pretend_on_cpu(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Put tensors without storage, of the CPU for all that torch can see, in the place of those on the meta device."""
-    made: dict[int, torch.Tensor] = {}  # a tied weight stays one
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in made:
-                    with mode:
-                        fake = torch.empty_like(tensor, device="cpu")
-                    trained = isinstance(tensor, torch.nn.Parameter)
-                    made[id(tensor)] = torch.nn.Parameter(fake, tensor.requires_grad) if trained else fake
-                if tensor is not None:
-                    tensors[name] = made[id(tensor)]
 
 
 def _drop_gradient(weight: torch.Tensor) -> None:

@@ -10,69 +10,35 @@ from typing import Any
 import jinja2
 import numpy as np
 import yaml
+from huggingface_hub import ModelCardData
 
 from core.config.trl_keys import DEFAULTS
 from core.objective.losses import row_margin
 from core.objective.margins import class_table
 from core.objective.presets import Margin
-from core.reporting.tables import Rows, evaluation_table, group_table, is_numeric, margin_table, number, stage_table
+from core.reporting.tables import (
+    Rows,
+    before_and_after,
+    comparable,
+    evaluation_table,
+    group_table,
+    is_numeric,
+    margin_table,
+    number,
+    stage_table,
+)
 from core.runtime.environment import versions
+from core.runtime.text import printable
 from core.training.records import Record, evaluations, read_metrics, series
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 # The columns of the card that this project reproduces, wxzhang/dpo-selective-buffer-spo-shift.
-TRAINING_COLUMNS = {
-    "Validation Loss": "loss",
-    "Rewards/chosen": "rewards/chosen",
-    "Rewards/rejected": "rewards/rejected",
-    "Rewards/accuracies": "rewards/accuracies",
-    "Rewards/margins": "rewards/margins",
-    "Logps/rejected": "logps/rejected",
-    "Logps/chosen": "logps/chosen",
-    "Logits/rejected": "logits/rejected",
-    "Logits/chosen": "logits/chosen",
-}
+TRAINING_COLUMNS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/rejected", "logps/chosen", "logits/rejected", "logits/chosen",
+)  # fmt: skip
 ROWS_OF_A_LOG = 20
-PLOTS = ("loss", "rewards", "margins", "accuracies", "margin_histogram")
-FORMULAS = {
-    "logistic": "−log σ(βΔ − m)",
-    "hinge": "max(0, 1 + m − βΔ)",
-    "squared": "(Δ − m/β)²",
-    "signed": "−log σ(sign(m)·βΔ·|2m|^p)",
-    "soft": "−q·log σ(βΔ) − (1 − q)·log σ(−βΔ), q = clip((1 + m)/2, ε, 1 − ε)",
-}
-SOURCES = {
-    "dpo": ("DPO", "2305.18290", "Eq. 7"),
-    "odpo": ("ODPO", "2402.10571", ""),
-    "safedpo": ("SafeDPO", "2505.20065", ""),
-    "simpo": ("SimPO", "2405.14734", ""),
-    "ipo": ("IPO", "2310.12036", "Eq. 17"),
-    "bfpo": ("BFPO", "2408.15313", ""),
-    "bfpo_noshift": ("BFPO without its shift α", "2408.15313", ""),
-    "bfpo_signed": ("the sign-flipping form of BFPO", "2504.20106", "Eq. 7"),
-    "bfpo_soft": ("BFPO's table with a soft label", "2408.15313", ""),
-}
-SETTINGS = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "optim",
-    "weight_decay",
-    "max_grad_norm",
-    "num_train_epochs",
-    "max_steps",
-    "max_length",
-    "bf16",
-    "fp16",
-    "gradient_checkpointing",
-    "trainable_parameters",
-    "use_peft",
-    "lora_r",
-    "lora_alpha",
-    "lora_target_modules",
-    "prefix_sharing",
-    "seed",
-)
+PLOTS = ("loss", "rewards", "reward_margins", "accuracies", "histograms")
 SECRETS = {"token", "hub_token", "push_to_hub_token"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ABSOLUTE = re.compile(r"(file://|~|/|[A-Za-z]:\\)")
@@ -82,8 +48,8 @@ ACCESS_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> Path:
     """
     Write `output_dir/README.md` from the run's recipe.yaml and metrics.jsonl and, where they are there,
-    selection.json, results.json and plots/*.png. Of the machine it names nothing: absolute paths are cut to their last
-    part, tokens are left out.
+    selection.json (of a preference run), results.json and plots/*.png. Of the machine it names nothing: absolute paths
+    are cut to their last part, tokens are left out.
 
     Args:
         world_size: processes that trained; None where that is no longer known.
@@ -93,43 +59,45 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
     """
     folder = Path(output_dir)
     recipe = _public(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
-    records = read_metrics(folder)
-    evaluated = evaluations(records)
-    before = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
-    base = recipe["model_name_or_path"]
     margin = Margin(**recipe["margin"]) if "margin" in recipe else None
     beta = recipe.get("beta", DEFAULTS["beta"])
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        autoescape=False,  # Markdown
-    )
-    environment.filters |= {"markdown": markdown_table, "number": number, "link": _hub_link}
+    selection = _read_json(folder / "selection.json") if margin else None
+    records = comparable(read_metrics(folder), margin is None or margin.reference_free)
+    before, after = before_and_after(records)
+    adapter = (folder / "adapter_config.json").is_file()
+    trained = recipe.get("trainable_parameters") or recipe.get("lora_target_modules") or []
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "markdown": markdown_text,
+        "table": markdown_table,
+        "fenced": fenced,
+        "link": _hub_link,
+        "number": number,
+    }
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        front_matter=yaml.safe_dump(_front_matter(folder, recipe), sort_keys=False, allow_unicode=True),
+        metadata=_metadata(recipe, adapter, margin, selection).to_yaml(),
         name=folder.resolve().name,
-        base=base,
-        datasets=[entry["path"] for entry in recipe["datasets"]],
-        last=evaluated[-1] if evaluated else {},
-        evaluation=evaluation_table(before, evaluated[-1]) if evaluated and margin else None,
+        base=recipe["model_name_or_path"],
+        sources={role: _paths(recipe, role) for role in ("task", "buffer")},
+        adapter=adapter,
+        before=before,
+        after=after,
+        evaluation=evaluation_table(before, after) if after and margin else None,
         training=training_table(records),
         results=_results(folder),
         margin=margin,
         beta=beta,
-        preset=SOURCES.get(margin.preset) if margin else None,
-        formula=_formula(margin) if margin else None,
         classes=_class_margins(margin, beta) if margin else None,
-        selection=_selection(folder),
+        selection=selection,
+        tables=_selection_tables(selection["counts"]) if selection else [],
+        trained=", ".join([trained] if isinstance(trained, str) else trained),
         batch=_batch(recipe, world_size),
-        settings=_settings(recipe),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         versions=[list(item) for item in versions().items()],
         plots=[name for name in PLOTS if (folder / "plots" / f"{name}.png").is_file()],
     )
     path = folder / "README.md"
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text + "\n", encoding="utf-8")
     return path
 
 
@@ -138,34 +106,52 @@ def training_table(records: list[Record]) -> tuple[list[str], Rows]:
     A row per evaluation with the last training loss logged by then; of a run without one, rows of the training log
     instead, `ROWS_OF_A_LOG` at most. Columns that no row has are left out.
     """
-    shown, prefix = evaluations(records), "eval_"
+    shown, prefix, columns = evaluations(records), "eval_", {"Validation Loss": "eval_loss"}
     if not shown:
-        shown, prefix = [record for record in records if "loss" in record], ""
+        shown, prefix, columns = [record for record in records if "loss" in record], "", {}
         places = np.linspace(0, len(shown) - 1, min(len(shown), ROWS_OF_A_LOG)).round().astype(int)
         shown = [shown[place] for place in places]
-    columns = {name: prefix + key for name, key in TRAINING_COLUMNS.items() if prefix + key != "loss"}
+    columns |= {name.capitalize(): prefix + name for name in TRAINING_COLUMNS}
     columns = {name: key for name, key in columns.items() if any(key in record for record in shown)}
     steps, losses = series(records, "loss")
     rows = []
     for record in shown:
         logged = [loss for step, loss in zip(steps, losses, strict=True) if step <= record["step"]]
-        rows.append(
-            [
-                number(logged[-1]) if logged else "No log",
-                number(record["epoch"]),
-                str(record["step"]),
-                *(number(record.get(key)) for key in columns.values()),
-            ]
-        )
+        start = [number(logged[-1]) if logged else "No log", number(record["epoch"]), str(record["step"])]
+        rows.append(start + [number(record.get(key)) for key in columns.values()])
     return ["Training Loss", "Epoch", "Step", *columns], rows
+
+
+# ---------------------------------------------------------------- Markdown, in which names and ids may hold anything
+def markdown_text(text: str) -> str:
+    """Words of others as Markdown that shows them as they are: no HTML, link, emphasis, line or cell of their own."""
+    return re.sub(r"[\\`*\[\]<>|]", r"\\\g<0>", printable(text))
 
 
 def markdown_table(table: tuple[Sequence[str], Rows]) -> str:
     """Header and rows as a Markdown table, columns of numbers to the right."""
     header, rows = table
     rule = ["--:" if is_numeric(row[index] for row in rows) else ":--" for index in range(len(header))]
-    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (header, rule, *rows)]
+    lines = [list(map(markdown_text, header)), rule, *(list(map(markdown_text, row)) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """A block of code, in a fence longer than any that stands in it."""
+    fence = "`" * max([3, *(1 + len(run) for run in re.findall("`+", text))])
+    lines = [printable(line) for line in text.rstrip("\n").split("\n")]
+    return "\n".join([fence + language, *lines, fence])
+
+
+def _hub_link(name: str, kind: str = "") -> str:
+    if _on_hub(name):
+        return f"[{name}](https://huggingface.co/{kind}{name})"
+    return "`" + printable(name).replace("`", "'") + "`"
+
+
+# ---------------------------------------------------------------- what the run's files say
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _public(value: Any) -> Any:
@@ -181,30 +167,36 @@ def _public(value: Any) -> Any:
     return value
 
 
-def _front_matter(folder: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    adapter = (folder / "adapter_config.json").is_file()
-    tags = ["trl", "sft"]
-    if "margin" in recipe:
-        tags = ["trl", "dpo", "preference-optimization", "safety", "selective-buffer", "shifted-reward-margin"]
-    matter = {"library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"}
-    if _on_hub(recipe["model_name_or_path"]):
-        matter["base_model"] = recipe["model_name_or_path"]
-    sources = [entry["path"] for entry in recipe["datasets"] if _on_hub(entry["path"])]
-    if sources:
-        matter["datasets"] = list(dict.fromkeys(sources))
-    return matter | {"tags": tags}
+def _paths(recipe: dict[str, Any], role: str) -> list[str]:
+    return [entry["path"] for entry in recipe["datasets"] if entry.get("role", "task") == role]
 
 
 def _on_hub(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not name.startswith(".") and not os.path.exists(name)
 
 
-def _hub_link(name: str, kind: str = "") -> str:
-    return f"[{name}](https://huggingface.co/{kind}{name})" if _on_hub(name) else f"`{name}`"
-
-
-def _formula(margin: Margin) -> str:
-    return "(βΔ − m)²" if margin.link == "squared" and margin.scaled else FORMULAS[margin.link]
+def _metadata(
+    recipe: dict[str, Any], adapter: bool, margin: Margin | None, selection: dict[str, Any] | None
+) -> ModelCardData:
+    """What the Hub searches by; only what is so. A recipe tells no licence, so that the card has none."""
+    base = recipe["model_name_or_path"]
+    sources = [entry["path"] for entry in recipe["datasets"] if _on_hub(entry["path"])]
+    tags = ["trl", "dpo", "preference-optimization"] if margin else ["trl", "sft"]
+    if margin and (margin.a, margin.b, margin.k, margin.c) != (0, 0, 0, 0):
+        tags.append("shifted-reward-margin")
+    if selection:
+        counts = selection["counts"]
+        if any(count for name, count in counts["by_class"]["after"].items() if "unsafe" in name):
+            tags.append("safety")
+        if counts["by_role"]["after"].get("buffer"):
+            tags.append("selective-buffer")
+    return ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        base_model=base if _on_hub(base) else None,
+        datasets=list(dict.fromkeys(sources)) or None,
+        tags=tags,
+    )
 
 
 def _class_margins(margin: Margin, beta: float) -> tuple[list[str], Rows] | None:
@@ -223,31 +215,15 @@ def _batch(recipe: dict[str, Any], world_size: int | None) -> str | None:
         return None
     device = recipe.get("per_device_train_batch_size", DEFAULTS["per_device_train_batch_size"])
     accumulation = recipe.get("gradient_accumulation_steps", DEFAULTS["gradient_accumulation_steps"])
-    total = recipe.get("pairs_per_update") or recipe.get("conversations_per_update")
-    if total:  # the run has fitted the accumulation to it
-        accumulation = total // (device * world_size)
+    total = recipe.get("pairs_per_update") or recipe.get("conversations_per_update")  # what accumulation is fitted to
+    total = total or device * accumulation * world_size
     processes = "process" if world_size == 1 else "processes"
-    return (
-        f"{device} per device × {accumulation} accumulated × {world_size} {processes} = "
-        f"{device * accumulation * world_size}"
-    )
-
-
-def _settings(recipe: dict[str, Any]) -> Rows:
-    shown = {key: recipe[key] for key in SETTINGS if recipe.get(key) not in (None, False, [])}
-    if not recipe.get("use_peft"):
-        shown.setdefault("trainable_parameters", "all")
-    return [
-        [key, f"`{', '.join(map(str, value)) if isinstance(value, list) else value}`"] for key, value in shown.items()
-    ]
+    return f"{device} per device × {total // device // world_size} accumulated × {world_size} {processes} = {total}"
 
 
 def _results(folder: Path) -> tuple[list[str], Rows] | None:
     """What an evaluation of the run's own (results.json: measure → before and after) has found, if there was one."""
-    path = folder / "results.json"
-    if not path.is_file():
-        return None
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = _read_json(folder / "results.json") or {}
     rows = [
         [name.replace("_", " "), number(values["before"]), number(values["after"])]
         for name, values in results.items()
@@ -256,12 +232,8 @@ def _results(folder: Path) -> tuple[list[str], Rows] | None:
     return ["Measure", "Before", "After"], rows
 
 
-def _selection(folder: Path) -> dict[str, Any] | None:
-    path = folder / "selection.json"
-    if not path.is_file():
-        return None
-    selection = json.loads(path.read_text(encoding="utf-8"))
-    counts = selection["counts"]
-    groups = {"Pair class": "by_class", "Source": "by_source", "Role": "by_role"}
-    tables = [stage_table(counts), *(group_table(name, counts[key]) for name, key in groups.items())]
-    return selection | {"tables": tables}
+def _selection_tables(counts: dict[str, Any]) -> list[tuple[list[str], Rows]]:
+    """By stage, and by pair class, source and role where there is more than one of them."""
+    kinds = {"Pair class": "by_class", "Source": "by_source", "Role": "by_role"}
+    groups = [group_table(name, counts[key]) for name, key in kinds.items() if len(counts[key]["before"]) > 1]
+    return [stage_table(counts), *groups]

@@ -1,4 +1,4 @@
-"""What a preference run shows before it starts and leaves when it ends: tables, result files, plots, model card."""
+"""What a run shows before it starts and leaves when it ends: tables, result files, plots, model card."""
 
 import json
 from pathlib import Path
@@ -11,10 +11,17 @@ from transformers.trainer_utils import TrainOutput
 from core.objective.margins import class_table
 from core.objective.presets import PAIR_CLASSES, Margin
 from core.reporting.card import write_card
-from core.reporting.figures import draw_plots, plot_margin_histogram
-from core.reporting.tables import evaluation_table, margin_table, print_table, stage_table
+from core.reporting.figures import draw_plots, plot_histograms
+from core.reporting.tables import (
+    before_and_after,
+    comparable,
+    evaluation_table,
+    margin_table,
+    print_table,
+    stage_table,
+)
 from core.selection.pairs import Pairs
-from core.training.records import evaluations, read_metrics
+from core.training.records import read_metrics
 from core.training.trainer import ConversationTrainer, ShiftedMarginTrainer
 
 
@@ -24,46 +31,11 @@ def show_selection(pairs: Pairs, margin: Margin, beta: float, title: str = "trai
     print_table(f"Selection ({title}): {counts['kept']:,} of {counts['rows']:,} rows kept", *stage_table(counts))
     classes = class_table(pairs.classes, pairs.is_buffer, pairs.margins, margin, beta)
     print_table(f"Margins ({title}): {margin.link} link, beta {beta:g}", *margin_table(classes))
-    cut = {key: count for key, count in pairs.cut.items() if key.endswith("_cut") and count}
-    for key, count in cut.items():
-        print(f"note: {count:,} of {len(pairs.dataset):,} {key.removesuffix('_cut')} answers are cut at max_length")
+    for answer in ("chosen", "rejected"):
+        if count := pairs.cut.get(f"{answer}_cut"):
+            print(f"note: {count:,} of {len(pairs.dataset):,} {answer} answers are cut at max_length")
     for warning in pairs.warnings:
         print(f"warning: {warning}", flush=True)
-
-
-def finish(trainer: ShiftedMarginTrainer, output: TrainOutput, held_out: Pairs | None, margin: Margin) -> None:
-    """
-    Evaluate, and write train_results.json, eval_results.json, all_results.json, trainer_state.json, plots/ and the
-    model card. Every rank calls it; rank 0 writes.
-    """
-    trainer.save_metrics("train", output.metrics)
-    histogram = None
-    if held_out is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-        histogram = margin_histogram(trainer, held_out, margin)
-    trainer.save_state()
-    if not trainer.is_world_process_zero():
-        return
-    folder = trainer.args.output_dir
-    draw_plots(folder, histogram)
-    card = write_card(folder, trainer.accelerator.num_processes)
-    records = evaluations(read_metrics(folder))
-    if records:
-        before = records[0] if records[0]["step"] == 0 else {}
-        print_table("Evaluation, before → after" if before else "Evaluation", *evaluation_table(before, records[-1]))
-    print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
-
-
-def finish_sft(trainer: ConversationTrainer, output: TrainOutput) -> None:
-    """The same for an SFT run, which has a loss and a token accuracy."""
-    trainer.save_metrics("train", output.metrics)
-    if trainer.eval_dataset is not None:
-        trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        draw_plots(trainer.args.output_dir)
-        card = write_card(trainer.args.output_dir, trainer.accelerator.num_processes)
-        print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
 
 
 def show_lengths(trainer: ConversationTrainer, conversations: int) -> None:
@@ -79,6 +51,32 @@ def show_lengths(trainer: ConversationTrainer, conversations: int) -> None:
         print(f"note: {lost:,} of {conversations:,} conversations have no answer within max_length and are left out")
 
 
+def finish(
+    trainer: ShiftedMarginTrainer | ConversationTrainer,
+    output: TrainOutput,
+    held_out: Pairs | None = None,
+    margin: Margin | None = None,
+) -> None:
+    """
+    Evaluate, and write train_results.json, eval_results.json, all_results.json, trainer_state.json, plots/ and the
+    model card. Every rank calls it; rank 0 writes. An SFT run has no margin, but a loss and a token accuracy.
+    """
+    trainer.save_metrics("train", output.metrics)
+    if trainer.eval_dataset is not None:
+        trainer.save_metrics("eval", trainer.evaluate())
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return
+    folder = trainer.args.output_dir
+    histograms = None if held_out is None else pair_histograms(trainer, held_out, margin)
+    draw_plots(folder, histograms, margin is not None and margin.reference_free)
+    card = write_card(folder, trainer.accelerator.num_processes)
+    if held_out is not None:
+        before, after = before_and_after(comparable(read_metrics(folder), margin.reference_free))
+        print_table("Evaluation, before → after" if before else "Evaluation", *evaluation_table(before, after))
+    print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
+
+
 def write_evaluation(trainer: ShiftedMarginTrainer, metrics: dict[str, float]) -> None:
     """Print an evaluation and write it to `output_dir`/evaluation.json."""
     if not trainer.is_world_process_zero():
@@ -90,12 +88,14 @@ def write_evaluation(trainer: ShiftedMarginTrainer, metrics: dict[str, float]) -
     print(f"\nAll of its numbers are in {folder / 'evaluation.json'}", flush=True)
 
 
-def margin_histogram(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> Figure:
-    """The held-out pairs before and after, from the evaluation just made (`figures.plot_margin_histogram`)."""
+def pair_histograms(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> Figure:
+    """The held-out pairs before and after, from the evaluation just made (`figures.plot_histograms`)."""
     before, after, margins = torch.cat(trainer.evaluated).double().numpy().T
+    reward_margins = trainer.beta * (after - before)
+    if margin.reference_free or margin.length_normalized:  # `before` is then only what Δ was taken from
+        before = None
     classes = held_out.classes
     targets = None
     if margin.link == "squared":  # the one link with a target: βΔ = m
-        present = np.unique(classes)
-        targets = {PAIR_CLASSES[index]: float(margins[classes == index].mean()) for index in present}
-    return plot_margin_histogram(before, after, classes, trainer.beta, targets)
+        targets = {PAIR_CLASSES[index]: float(margins[classes == index].mean()) for index in np.unique(classes)}
+    return plot_histograms(before, after, reward_margins, classes, targets)

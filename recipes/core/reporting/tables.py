@@ -1,7 +1,7 @@
 """The tables of a run: counts, margins and evaluations as header and rows, on the terminal and in the card."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any, TextIO
 
 from rich import box
@@ -9,10 +9,19 @@ from rich.console import Console
 from rich.table import Table
 
 from core.runtime.ranks import rank
+from core.runtime.text import printable
 from core.training.metrics import GROUPS
-from core.training.records import Record
+from core.training.records import Record, evaluations
 
 Rows = list[list[str]]
+ROLES = ("task", "buffer")
+ACCURACIES = ("accuracy_helpful", "accuracy_target", "rewards/accuracies")  # of the order of a pair's two answers
+EVALUATION_COLUMNS = {
+    "Loss": ("loss", 4),
+    "Reward margin": ("rewards/margins", 3),
+    "Helpful accuracy": ("accuracy_helpful", 3),
+    "Target accuracy": ("accuracy_target", 3),
+}
 
 
 def number(value: float | int | None, decimals: int = 4) -> str:
@@ -30,30 +39,63 @@ def group_name(group: str) -> str:
     return group.replace("_", "/") or "all"
 
 
-EVALUATION_COLUMNS = {
-    "Loss": ("loss", 4),
-    "Reward margin": ("rewards/margins", 3),
-    "Helpful accuracy": ("accuracy_helpful", 3),
-    "Target accuracy": ("accuracy_target", 3),
-}
+def groups_apart(keys: Container[str], prefix: str = "") -> list[str]:
+    """
+    The groups of `metrics.GROUPS` that a record tells apart: all pairs, the pair classes if there are two or more, the
+    roles if there are both. An only class, or an only role, would say again what all pairs say.
+
+    Args:
+        keys: of a record, or of all records of a run.
+        prefix: "" for training, "eval_" for evaluation.
+    """
+    present = [group for group in GROUPS if f"{prefix}{group}/loss" in keys]
+    roles = [group for group in present if group in ROLES]
+    classes = [group for group in present if group not in ROLES]
+    return ["", *(group for kind in (classes, roles) if len(kind) > 1 for group in kind)]
+
+
+def comparable(records: list[Record], reference_free: bool) -> list[Record]:
+    """
+    The records without the accuracies of a policy that still is its reference: Δ is 0 for every pair there, which is
+    neither order, and 0 would read as the wrong one. That is the evaluation at step 0 and the log of step 1 alone.
+    """
+    if reference_free:
+        return records
+    return [
+        {key: value for key, value in record.items() if not key.endswith(ACCURACIES)}
+        if record["step"] == 0 or (record["step"] == 1 and "loss" in record)
+        else record
+        for record in records
+    ]
+
+
+def before_and_after(records: list[Record]) -> tuple[Record, Record]:
+    """The evaluation at step 0 and the last one of a run; empty where there is none."""
+    evaluated = evaluations(records)
+    before = evaluated[0] if evaluated and evaluated[0]["step"] == 0 else {}
+    return before, evaluated[-1] if evaluated else {}
 
 
 def evaluation_table(before: Record, after: Record) -> tuple[list[str], Rows]:
     """
     Loss, reward margin and both accuracies of all pairs, of each pair class and of each role, as header and rows.
+    Every row is of means; where there are both roles, the sum that is trained on is a row of its own.
 
     Args:
         before, after: evaluation records (keys with the prefix `eval_`); `before` may be empty.
     """
+    groups = groups_apart(after, "eval_")
     rows = []
-    for group in GROUPS:
+    for group in groups:
         prefix = f"eval_{group}/" if group else "eval_"
-        if any(prefix + metric in after for metric, _ in EVALUATION_COLUMNS.values()):
-            cells = [
-                _change(before.get(prefix + metric), after.get(prefix + metric), decimals)
-                for metric, decimals in EVALUATION_COLUMNS.values()
-            ]
-            rows.append([group_name(group), *cells])
+        cells = [
+            _change(before.get(prefix + metric), after.get(prefix + metric), decimals)
+            for metric, decimals in EVALUATION_COLUMNS.values()
+        ]
+        if not group and "buffer" in groups:
+            rows.append(["task + λ·buffer", cells[0], "–", "–", "–"])
+            cells[0] = "–"
+        rows.append([group_name(group), *cells])
     return ["Pairs", *EVALUATION_COLUMNS], rows
 
 
@@ -91,6 +133,7 @@ def is_numeric(cells: Iterable[str]) -> bool:
 def print_table(title: str, header: Sequence[str], rows: Rows, file: TextIO | None = None) -> None:
     """
     Print a table on rank 0 alone: ruled on a terminal; elsewhere (a log, a pipe) Markdown without colours or wrapping.
+    Cells may hold what others wrote: they are made `printable`.
     """
     if rank() != 0:
         return
@@ -102,10 +145,10 @@ def print_table(title: str, header: Sequence[str], rows: Rows, file: TextIO | No
     else:
         table = Table(box=box.MARKDOWN)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if is_numeric(row[index] for row in rows) else "left")
+        table.add_column(printable(name), justify="right" if is_numeric(row[index] for row in rows) else "left")
     for row in rows:
-        table.add_row(*row)
-    console.print(f"\n{title}", style="bold")
+        table.add_row(*map(printable, row))
+    console.print(f"\n{printable(title)}", style="bold")
     if terminal:
         console.print(table)
     else:

@@ -9,9 +9,7 @@ cause is hard to find. A script of its own, since it stands in for a command: la
 
 import os
 import signal
-import socket
 import sys
-import time
 from pathlib import Path
 from types import TracebackType
 
@@ -29,21 +27,9 @@ from core.runtime.errors import PEER_LOST, SAVED_ON_SIGNAL, USER_ERROR  # noqa: 
 def main() -> None:
     sys.excepthook = in_a_line
     arguments = launch_command_parser().parse_args(["--quiet", *sys.argv[1:]])
-    if arguments.machine_rank and "START_SECONDS" in os.environ:
-        await_first_node(arguments.main_process_ip, arguments.main_process_port, float(os.environ["START_SECONDS"]))
+    # Ctrl-C reaches the training process too, which saves and ends; torch's launcher of several answers it by itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     launch_command(arguments)
-
-
-def await_first_node(host: str, port: int, seconds: float) -> None:
-    """End with a line if the first node does not listen in time: torch's launcher would wait for twice the time."""
-    until = time.monotonic() + seconds
-    while (left := until - time.monotonic()) > 0:
-        try:
-            socket.create_connection((host, port), timeout=min(left, 5)).close()
-            return
-        except OSError:
-            time.sleep(min(0.2, left))
-    sys.exit(f"launcher: nothing answers at {host}:{port}")
 
 
 def in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

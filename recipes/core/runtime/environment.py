@@ -1,28 +1,25 @@
-"""What surrounds a run: environment, network, versions, and whether its model is to be had."""
+"""The process that a run lives in: variables that libraries read at import, signals, versions."""
 
 import ctypes
 import hashlib
 import importlib.util
 import os
-import re
 import signal
-import socket
 import sys
 import threading
-import urllib.parse
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from core.runtime.errors import SAVED_ON_SIGNAL, RecipeError, leave
+from core.runtime.errors import SAVED_ON_SIGNAL, leave
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
 
 CORE = Path(__file__).parents[1]
 
-switched_off = False  # HF_HUB_OFFLINE is set by `go_offline_if_local`, not from outside
+# Preemption, Slurm's signal before the end, and Ctrl-C.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def prepare_environment() -> None:
@@ -35,23 +32,30 @@ def prepare_environment() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other spin, for long where there are as many as cores; if another process has one
+        # of the cores, a step of 0.12 s took 3 s. So short a spin costs nothing on a quiet machine.
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if "LOCAL_WORLD_SIZE" in os.environ:
         # Every process would take all cores: eight steps took 15.5 s instead of 0.6 s on a busy machine.
         share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-    if place := os.environ.get("LAUNCH_EXIT_CODE"):
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ  # by `accelerate launch`
+    place = os.environ.get("LAUNCH_EXIT_CODE")
+    if launched or place:
         _leave_on_signal()
+    if place:
         Path(place).touch()  # tells launch.sh that the nodes have met; `errors.leave` writes into it
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
-        # Started by `accelerate launch`: if that is killed, this process would train on unseen. It gets SIGTERM
-        # instead, on which it saves and stops.
+    if launched and sys.platform == "linux":
+        # If the launcher is killed, this process would train on unseen. It gets SIGTERM instead, on which it saves
+        # and stops.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def _leave_on_signal() -> None:
     """
-    Answer launch.sh's SIGTERM or SIGUSR1 from the first moment, until `stopping.StopOnSignal` takes over: nothing is
-    lost yet, so that the exit code is that of a saved run.
+    Answer a stop signal from the first moment, until `stopping.StopOnSignal` takes over: nothing is lost yet, so that
+    the exit code is that of a saved run.
     """
 
     def end(name: str) -> None:
@@ -63,49 +67,24 @@ def _leave_on_signal() -> None:
 
 
 def answer_signals(answer: Callable[[str], object]) -> None:
-    """Have SIGTERM and SIGUSR1 (preemption, Slurm's signal before the end) call `answer` with their name."""
+    """Have each of `STOP_SIGNALS` call `answer` with its name."""
     process = os.getpid()
 
     def handle(number: int, _: object) -> None:
         if os.getpid() != process:  # a forked worker, which its pool ends by SIGTERM
+            if number == signal.SIGINT:
+                return  # Ctrl-C reaches the whole group, and the pool's own process says what becomes of it
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         answer(signal.Signals(number).name)
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, handle)
 
 
-def go_offline_if_local(paths: Iterable[str | None]) -> bool:
-    """
-    Keep every library off the network if all of `paths` (models and data of a recipe, None skipped) are on this disk.
-
-    Even a local model asks the Hub for files that it lacks. The switch is read when a library is imported, so those
-    that are loaded already are set too.
-
-    Returns:
-        Whether the run is offline, by this or by HF_HUB_OFFLINE from outside.
-    """
-    global switched_off
-    if hub_is_off():
-        return True
-    if not all(os.path.exists(path) for path in paths if path is not None):
-        return False
-    os.environ["HF_HUB_OFFLINE"], switched_off = "1", True
-    for module in ("huggingface_hub.constants", "datasets.config"):
-        if module in sys.modules:
-            sys.modules[module].HF_HUB_OFFLINE = True
-    return True
-
-
-def hub_is_off() -> bool:
-    """Whether HF_HUB_OFFLINE is set, as huggingface_hub reads it."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}
-
-
-def network_is_off() -> bool:
-    """Whether the user wants no network at all: HF_HUB_OFFLINE came from outside."""
-    return hub_is_off() and not switched_off
+def deepspeed_is_started() -> bool:
+    """Whether the launcher that started this process gave it DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def spare_cpu_compile() -> None:
@@ -119,11 +98,6 @@ def spare_cpu_compile() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def deepspeed_is_started() -> bool:
-    """Whether the launcher that started this process gave it DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
 def code_digest(*modules: str) -> str:
     """Of the source of modules of core/ ("data/columns"): part of a cache's key, so that what other code has made is
     never read back."""
@@ -135,55 +109,3 @@ def versions() -> dict[str, str]:
     """The versions that a run's numbers depend on."""
     installed = {name: version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     return {"python": sys.version.split()[0], **installed}
-
-
-def check_model_path(path: str, revision: str | None = None) -> None:
-    """
-    Refuse a model that is not there before transformers turns it into a riddle or a retry loop.
-
-    Raises:
-        RecipeError: a folder that does not exist or holds no config.json, or a Hub name that is neither in the cache
-            nor to be had.
-    """
-    folder = Path(path)
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-            raise RecipeError(f"model {path}: the folder has no config.json; give the folder of a saved model")
-        return
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", path):
-        raise RecipeError(f"model {path}: no such folder; train or download it first, or correct the path")
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache  # reads the environment at import
-
-    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-        return
-    where = f"model {path}: neither a folder here nor in the Hub's cache"
-    if hub_is_off():
-        raise RecipeError(
-            f"{where}, and the run is offline (HF_HUB_OFFLINE=1); download it first, or correct the path"
-        )
-    if not hub_is_reachable():
-        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
-        raise RecipeError(f"{where}, and {host} cannot be reached; download it first, or correct the path")
-    try:
-        hf_hub_download(path, "config.json", revision=revision)
-    except Exception as error:  # a name that is not there, a gate, a broken connection: all end here
-        raise RecipeError(f"{where}, and the Hub says: {str(error).strip().splitlines()[0]}") from error
-
-
-def hub_is_reachable() -> bool:
-    """Whether the Hub's port answers."""
-    from huggingface_hub import constants  # reads the environment at import
-
-    hub = urllib.parse.urlsplit(constants.ENDPOINT)
-    return reachable(hub.hostname, hub.port or (80 if hub.scheme == "http" else 443))
-
-
-def reachable(host: str, port: int, seconds: float = 3.0) -> bool:
-    """Whether a server answers."""
-    if {"http", "https", "all"} & set(urllib.request.getproxies()):  # NO_PROXY alone is in it too, as "no"
-        return True  # a proxy stands between; only a real request could tell
-    try:
-        with socket.create_connection((host, port), timeout=seconds):
-            return True
-    except OSError:
-        return False

@@ -5,6 +5,7 @@ import functools
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import NoReturn
 USER_ERROR = 2  # exit code of a run that stops because of its input
 PEER_LOST = 70  # exit code of a rank that stops because another one is gone
 SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal, saved; start it again to go on
+INTERRUPTED = 130  # Ctrl-C where there is nothing to save
+
+connection_broke = threading.Event()  # a collective has failed: `watch.Watch` then waits less for a beat
 
 
 class RecipeError(ValueError):
@@ -31,8 +35,8 @@ class RecipeError(ValueError):
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """
-    Turn a `RecipeError`, or a full disk, into one line on stderr and exit code 2, and `SystemExit` into its code;
-    every other exception stays a traceback.
+    Turn a `RecipeError`, or a full disk, into one line on stderr and exit code 2, Ctrl-C into a line, and `SystemExit`
+    into its code; every other exception stays a traceback.
     """
 
     @functools.wraps(main)
@@ -41,11 +45,15 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except SystemExit as stop:
             leave(stop.code or 0)
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            leave(INTERRUPTED)
         except Exception as error:
             told = error if isinstance(error, RecipeError) else full_disk(error)
             if told is None:
                 if "RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "Connection ")):
-                    time.sleep(10)  # `watch.Watch` tells in the meantime which rank is gone, and ends this one
+                    connection_broke.set()
+                    time.sleep(20)  # `watch.Watch` tells in the meantime which rank is gone, and ends this one
                 raise
             if told.everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # or the launcher might end the rank that prints it before it has

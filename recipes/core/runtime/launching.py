@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from core.runtime.environment import deepspeed_is_started
@@ -37,16 +38,12 @@ class Launch:
         return 1 if self.kind == "NO" else self.processes
 
     def __str__(self) -> str:
-        device = "CPU process" if self.use_cpu else "GPU"
-        split = {0: "DDP" if self.world_size > 1 else ""}.get(self.zero_stage, f"ZeRO-{self.zero_stage}")
-        offloaded = [name for name in ("optimizer", "param") if getattr(self, f"offload_{name}")]
-        parts = [f"{self.world_size} {device}{'s' if device == 'GPU' and self.world_size > 1 else ''}"]
-        if device != "GPU" and self.world_size > 1:
-            parts[0] += "es"
-        if self.machines > 1:
-            parts[0] += f" on {self.machines} machines"
-        parts += [split] if split else []
-        return ", ".join(parts + [f"{name} offloaded" for name in offloaded])
+        several = self.world_size > 1
+        device = ("CPU processes" if several else "CPU process") if self.use_cpu else ("GPUs" if several else "GPU")
+        machines = f" on {self.machines} machines" if self.machines > 1 else ""
+        split = f"ZeRO-{self.zero_stage}" if self.zero_stage else "DDP" if several else None
+        offloaded = [f"{part} offloaded" for part in ("optimizer", "param") if getattr(self, f"offload_{part}")]
+        return ", ".join([f"{self.world_size} {device}{machines}", *([split] if split else []), *offloaded])
 
 
 def read_launch(path: str, processes: int | None = None) -> Launch:
@@ -128,16 +125,34 @@ def launch_faults(launch: Launch, training: dict[str, Any]) -> list[str]:
     return faults
 
 
-def check_launched(training: dict[str, Any]) -> None:
+def check_launched(training: dict[str, Any], num_processes: int | None = None) -> None:
     """
-    Hold the launch that this process is part of against the recipe, as far as accelerate's environment tells it.
+    Hold the launch that this process is part of against the recipe, as far as its environment tells. A launcher that
+    misreads its configuration starts fewer processes, or none of DeepSpeed, and trains on without a word.
+
+    Args:
+        training: the recipe's training arguments.
+        num_processes: processes on all nodes together; None: any number.
 
     Raises:
-        RecipeError: one of `launch_faults`; on every rank.
+        RecipeError: they differ, or one of `launch_faults`; on every rank.
     """
+    started, deepspeed = int(os.environ.get("WORLD_SIZE", 1)), deepspeed_is_started()
+    if num_processes is not None and started != num_processes:
+        raise RecipeError(
+            f"the recipe is for num_processes: {num_processes}, but {started} started; launch it with "
+            f"`accelerate launch --num_processes {num_processes}` and a config file of accelerate_configs/ that has "
+            "them (without --cpu, which starts a single process), or set num_processes in the recipe",
+            everywhere=True,
+        )
+    if deepspeed_is_asked_for() and not deepspeed:
+        raise RecipeError(
+            "the launch config is one of DeepSpeed, but the launcher did not start it; launch without --cpu (a config "
+            "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml",
+            everywhere=True,
+        )
     if "ACCELERATE_MIXED_PRECISION" not in os.environ:
         return  # started by something else
-    deepspeed = deepspeed_is_started()
     names = ("config_file", "zero_stage", "zero3_save_16bit_model")
     config_file, stage, saves = (os.environ.get(f"ACCELERATE_DEEPSPEED_{name.upper()}") for name in names)
     inside = {"zero_stage": stage or 0, "zero3_save_16bit_model": saves == "true"}
@@ -145,13 +160,23 @@ def check_launched(training: dict[str, Any]) -> None:
     launch = Launch(
         "the launch config",
         "DEEPSPEED" if deepspeed else "MULTI_GPU",
-        int(os.environ.get("WORLD_SIZE", 1)),
+        started,
         use_cpu=bool(training.get("use_cpu")),  # the environment does not tell it under DeepSpeed
         mixed_precision=os.environ["ACCELERATE_MIXED_PRECISION"],
         **(_zero("the launch config", inside) if deepspeed else {}),
     )
     if faults := launch_faults(launch, training):
         raise RecipeError("; ".join(faults), everywhere=True)
+
+
+def deepspeed_is_asked_for() -> bool | None:
+    """Whether the config file of the `accelerate launch` above this process is one of DeepSpeed; None: not known."""
+    try:
+        command = psutil.Process().parent().cmdline()
+        config = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
+        return config["distributed_type"] == "DEEPSPEED" if "launch" in " ".join(command) else None
+    except (psutil.Error, OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
+        return None
 
 
 def _check_keys(path: str, given: dict[str, Any], inside: dict[str, Any]) -> None:

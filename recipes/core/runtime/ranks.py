@@ -1,9 +1,11 @@
 """What the processes of a run do together: start, decide once for all, take turns, and agree."""
 
+import contextlib
 import hashlib
 import json
 import os
 import socket
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -14,9 +16,7 @@ from typing import Any, TypeVar
 import psutil
 import torch
 import torch.distributed as dist
-import yaml
 
-from core.runtime.environment import deepspeed_is_started
 from core.runtime.errors import RecipeError, full_disk
 from core.runtime.text import flatten
 
@@ -81,7 +81,6 @@ def join_processes(timeout: float = 1800.0, fault: str | None = None) -> None:
             f"{master}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}. Check that every node was started with "
             "the same number of machines and processes and can reach that address"
         ) from error
-    agree("number of processes", world_size())
 
 
 def _call_roll(store: dist.Store, wait: timedelta, fault: str | None) -> None:
@@ -199,44 +198,6 @@ def agree(name: str, value: Any) -> None:
     )
 
 
-def check_world(num_processes: int | None, deepspeed: bool | None = None) -> None:
-    """
-    Hold what the launcher started against what the recipe expects. A launcher that misreads its configuration starts
-    fewer processes, or none of DeepSpeed, and trains on without a word.
-
-    Args:
-        num_processes: processes on all nodes together; None: any number.
-        deepspeed: whether the launch configuration is one of DeepSpeed; None: not known.
-
-    Raises:
-        RecipeError: they differ.
-    """
-    started = dist.get_world_size() if dist.is_initialized() else 1
-    if num_processes is not None and started != num_processes:
-        raise RecipeError(
-            f"the recipe is for num_processes: {num_processes}, but {started} started; launch it with "
-            f"`accelerate launch --num_processes {num_processes}` and a config file of accelerate_configs/ that has "
-            "them (without --cpu, which starts a single process), or set num_processes in the recipe",
-            everywhere=True,
-        )
-    if deepspeed and not deepspeed_is_started():
-        raise RecipeError(
-            "the launch config is one of DeepSpeed, but the launcher did not start it; launch without --cpu (a config "
-            "file with use_cpu: true runs DeepSpeed on the CPU), or use accelerate_configs/cpu.yaml",
-            everywhere=True,
-        )
-
-
-def deepspeed_is_asked_for() -> bool | None:
-    """Whether the config file of the `accelerate launch` above this process is one of DeepSpeed; None: not known."""
-    try:
-        command = psutil.Process().parent().cmdline()
-        config = yaml.safe_load(Path(command[command.index("--config_file") + 1]).read_text())
-        return config["distributed_type"] == "DEEPSPEED" if "launch" in " ".join(command) else None
-    except (psutil.Error, OSError, ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError):
-        return None
-
-
 def check_shared_folder(folder: str | Path) -> None:
     """
     Make sure that all nodes see the same `folder` (which exists): checkpoints of several nodes belong in one place.
@@ -246,14 +207,14 @@ def check_shared_folder(folder: str | Path) -> None:
     """
     if not dist.is_initialized():
         return
-    token = Path(folder) / f".shared-{os.environ['MASTER_PORT']}"
-    if rank() == 0:
-        token.write_text("")
-    dist.barrier()
-    blind: list[Any] = [None] * world_size()
-    dist.all_gather_object(blind, None if token.exists() else socket.gethostname())
-    if rank() == 0:
-        token.unlink()
+    with contextlib.ExitStack() as until_seen:
+        name = [None]
+        if rank() == 0:
+            probe = until_seen.enter_context(tempfile.NamedTemporaryFile(prefix=".shared-", dir=folder))
+            name = [Path(probe.name).name]
+        dist.broadcast_object_list(name, src=0)
+        blind: list[Any] = [None] * world_size()
+        dist.all_gather_object(blind, None if Path(folder, name[0]).exists() else socket.gethostname())
     hosts = sorted({host for host in blind if host})
     if hosts:
         raise RecipeError(

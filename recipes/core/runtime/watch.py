@@ -1,110 +1,91 @@
-"""A pulse between the processes of a run, by which each notices when another is gone."""
+"""A beat of every process in the store where they met, by which each notices when another is gone."""
 
-import contextlib
+import atexit
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import torch.distributed as dist
 
-from core.runtime.errors import PEER_LOST, leave
-from core.runtime.ranks import rank
+from core.runtime.errors import PEER_LOST, connection_broke, leave
+from core.runtime.ranks import rank, world_size
 
 BEAT_SECONDS = 3.0
 LOST_SECONDS = 40.0  # so that a lost node ends the job within a minute everywhere
-SILENCES = 10  # parts of that time, each waited for by itself
+BROKEN_SECONDS = 10.0  # … and sooner where a broken connection already says that one is gone
 
 
 class Watch:
     """
-    A pulse between rank 0 and every other, so that a node that hangs or cannot be reached ends the run everywhere.
+    Counts how long each other rank has left no beat, and ends this one where that is too long. `stop` it when the work
+    is done.
 
     A process that dies closes its connections and its peers fail at once, but one that is frozen, or behind a dead
-    link, leaves them waiting until the timeout of the collective (half an hour). Call `stop` when the work is done.
+    link, leaves them waiting until the timeout of the collective (half an hour). torch's launcher sees only the
+    processes of its own node.
+
+    Two threads: reading from a store whose node stands still has no timeout, so that another one has to count.
     """
 
     def __init__(self, lost_after: float = LOST_SECONDS) -> None:
         self.lost_after = lost_after
         self.done = threading.Event()
-        self.links: list[socket.socket] = []
         if not dist.is_initialized():
             return
-        # Sockets of our own: a read from torch's TCPStore has no timeout once its server stands still.
-        server = _listen() if rank() == 0 else None
-        port = [server.getsockname()[1] if server else None]
-        dist.broadcast_object_list(port, src=0)
-        if server:
-            self._start(self._accept, server)
-        else:
-            link = socket.create_connection((os.environ["MASTER_ADDR"], port[0]), timeout=self.lost_after)
-            self._send(link, f"rank {rank()} on {socket.gethostname()}")
-            self.links.append(link)
-            self._start(self._follow, link, "rank 0")
-        self._start(self._beat)
+        # A connection of its own: in the process group's a call may wait for minutes, and all others behind it.
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        self.store = dist.PrefixStore(f"beat-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        self.store.set(str(rank()), "0")
+        self.hosts: list[str | None] = [None] * world_size()
+        dist.all_gather_object(self.hosts, socket.gethostname())  # so every rank's first beat is there
+        self.count = 0  # of the beats that this process was awake for
+        self.heard = {peer: 0 for peer in range(world_size()) if peer != rank()}  # the count at its last beat
+        self.beating = threading.Thread(target=self._beat, daemon=True)
+        self.beating.start()
+        threading.Thread(target=self._count, daemon=True).start()
+        atexit.register(self._end)
 
     def stop(self) -> None:
         """Wait for all ranks, then watch no more."""
         if dist.is_initialized():
             dist.barrier()
+            self._end()
+
+    def _end(self) -> None:
         self.done.set()
-
-    def _start(self, work: Callable[..., None], *arguments: Any) -> None:
-        threading.Thread(target=work, args=arguments, daemon=True).start()
-
-    def _accept(self, server: socket.socket) -> None:
-        while True:
-            link, _ = server.accept()
-            self.links.append(link)
-            self._start(self._follow, link, None)
+        self.beating.join(BEAT_SECONDS)  # Python must not end while a thread is inside the store
 
     def _beat(self) -> None:
-        while not self.done.wait(BEAT_SECONDS):
-            for link in list(self.links):
-                self._send(link, "")
+        """Leave this rank's beats and note where the others' have changed."""
+        known, number = [b"0"] * len(self.heard), 0
+        try:
+            while not self.done.wait(BEAT_SECONDS):
+                number += 1
+                self.store.set(str(rank()), str(number))
+                beats = self.store.multi_get([str(peer) for peer in self.heard])
+                for peer, beat, before in zip(self.heard, beats, known, strict=True):
+                    if beat != before:
+                        self.heard[peer] = self.count
+                known = beats
+        except RuntimeError:  # torch's DistError: what held the store, rank 0 or its launcher, is no more
+            if not self.done.wait(BEAT_SECONDS):  # else it has ended because all is done
+                self._leave(0, "has ended; its own output says why")
 
-    def _follow(self, link: socket.socket, peer: str | None) -> None:
+    def _count(self) -> None:
         """
-        Read a peer's lines: its name if it is not known yet, empty ones as pulse, and any other as the end.
-
-        Silence is counted in parts that this process was awake for: a job that is suspended as a whole (SIGSTOP) loses
+        Silence is counted in beats that this process was awake for: a job that is suspended as a whole (SIGSTOP) loses
         one of them, however long it slept, and hears its peers again before it has counted all.
         """
-        link.settimeout(self.lost_after / SILENCES)
-        rest, silences, verdict = b"", 0, None
-        while verdict is None:
-            try:
-                received = link.recv(4096)
-            except OSError as error:
-                silences += 1
-                if not isinstance(error, TimeoutError) or silences == SILENCES:
-                    verdict = f"{peer or 'a rank'} was not heard of for {self.lost_after:.0f} s: frozen, or cut off"
-                continue
-            if not received:
-                verdict = f"{peer or 'a rank'} has ended; its own output says why"
-            silences = 0
-            *lines, rest = (rest + received).split(b"\n")
-            for line in (line.decode().strip() for line in lines):
-                if peer is None:
-                    peer = line
-                else:
-                    verdict = verdict or line or None
-        if self.done.wait(BEAT_SECONDS):
-            return  # the peer has ended because all is done
-        for other in self.links:
-            self._send(other, verdict)
-        print(f"error: rank {rank()} on {socket.gethostname()} stops: {verdict}", file=sys.stderr, flush=True)
+        while not self.done.wait(BEAT_SECONDS):
+            self.count += 1
+            limit = min(self.lost_after, BROKEN_SECONDS) if connection_broke.is_set() else self.lost_after
+            # Of several the first: where the store's own node stands still nobody is heard of, and rank 0 is there.
+            peer = min(self.heard, key=self.heard.__getitem__)
+            if (self.count - self.heard[peer]) * BEAT_SECONDS >= limit:
+                self._leave(peer, f"was not heard of for {limit:.0f} s: ended, frozen, or cut off")
+
+    def _leave(self, peer: int, verdict: str) -> None:
+        where = f"rank {rank()} on {socket.gethostname()}"
+        print(f"error: {where} stops: rank {peer} on {self.hosts[peer]} {verdict}", file=sys.stderr, flush=True)
         leave(PEER_LOST)
-
-    @staticmethod
-    def _send(link: socket.socket, line: str) -> None:
-        with contextlib.suppress(OSError):  # whoever reads from this link tells what is wrong with it
-            link.sendall(f"{line}\n".encode())
-
-
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True)
-    return socket.create_server(("", 0))

@@ -1,27 +1,21 @@
-"""The audit of a selection: what became of every row, its digest and files; and the decisions kept for next time."""
+"""The audit of a selection: what became of every row, its digest and files."""
 
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from uuid import uuid4
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
 from core.objective.presets import PAIR_CLASSES
-from core.selection.hygiene import Facts
-from core.selection.scanning import release, slices
+from core.runtime.files import replaced
 
 STAGES = ("rows", "hygiene", "labels", "score", "quotas")
-Decisions = tuple[np.ndarray, np.ndarray, dict]  # Audit's codes, relabelled and summary
 
 
 @dataclass
@@ -31,6 +25,8 @@ class Audit:
     rows: Dataset  # as they came in
     codes: np.ndarray  # (rows,) uint8: 0 kept, else a place in `reasons`, counted from 1
     relabelled: np.ndarray  # (rows,) bool
+    classes: np.ndarray  # (rows,) int64: pair classes, after relabelling
+    pairs: np.ndarray  # (rows,) uint64: a digest of the prompt and its two answers, whichever is chosen
     reasons: list[tuple[str, str]]  # (stage, reason)
     bad_rows: Sequence[dict]  # rows that were refused while they were read: row_id, source, reason
     summary: dict
@@ -57,66 +53,48 @@ class Audit:
         """Write selection.json and selection.jsonl (a line per row), each whole or not at all."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / "selection.json") as file:
+        with replaced(folder / "selection.json") as file:
             file.write((json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n").encode())
-        with written_whole(folder / "selection.jsonl") as file:
-            file.writelines(block.encode() for block in self._lines())
+        with replaced(folder / "selection.jsonl") as file:
+            file.writelines(line.encode() for line in self._lines())
 
-    def _lines(self) -> Iterable[str]:
-        """The lines in blocks; what follows the row id takes few values, so each is formatted once."""
+    def _lines(self) -> Iterator[str]:
+        as_json = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would build one for every row
 
-        quoted = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would build one for every row
-
-        def tail(source: str, code: int, relabelled: bool, reason: tuple[str, str] | None = None) -> str:
-            stage, why = reason or (self.reasons[code - 1] if code else (None, None))
-            rest = {"source": source, "kept": code == 0, "stage": stage, "reason": why, "relabelled": relabelled}
-            return ", " + json.dumps(rest, ensure_ascii=False)[1:] + "\n"
-
-        def line(row_id: str, end: str) -> str:
-            return '{"row_id": ' + quoted(row_id) + end
+        def line(row_id: str, source: str, reason: tuple[str, str] | None, relabelled: bool) -> str:
+            stage, why = reason or (None, None)
+            fate = {"kept": reason is None, "stage": stage, "reason": why, "relabelled": relabelled}
+            return as_json({"row_id": row_id, "source": source} | fate) + "\n"
 
         for row in self.bad_rows:
-            yield line(row["row_id"], tail(row["source"], -1, False, ("rows", row["reason"])))
-        tails: dict[tuple, str] = {}
-        named = self.rows.select_columns(["row_id", "source"]).with_format("arrow")
-        for bounds in slices(len(named)):
-            part = named[bounds.start : bounds.stop]
-            kinds = zip(
-                part["source"].to_pylist(),
-                self.codes[bounds.start : bounds.stop].tolist(),
-                self.relabelled[bounds.start : bounds.stop].tolist(),
-                strict=True,
-            )
-            block = []
-            for row_id, kind in zip(part["row_id"].to_pylist(), kinds, strict=True):
-                if kind not in tails:
-                    tails[kind] = tail(*kind)
-                block.append(line(row_id, tails[kind]))
-            yield "".join(block)
-            release(named)
+            yield line(row["row_id"], row["source"], ("rows", row["reason"]), False)
+        names = self.rows.with_format("arrow")
+        ids, sources = (names[name].to_pylist() for name in ("row_id", "source"))
+        reasons = [None, *self.reasons]
+        for row_id, source, code, relabelled in zip(
+            ids, sources, self.codes.tolist(), self.relabelled.tolist(), strict=True
+        ):
+            yield line(row_id, source, reasons[code], relabelled)
 
 
-def pair_class(facts: Facts) -> np.ndarray:
-    chosen, rejected = facts["chosen_safe"], facts["rejected_safe"]
-    kinds = 2 * (chosen == 0) + (rejected == 0)
-    return np.where(np.isnan(chosen) | np.isnan(rejected), PAIR_CLASSES.index("unlabelled"), kinds)
-
-
-def groups_of(column: pa.Array) -> tuple[list[str], np.ndarray]:
-    """The distinct names of a column (null: "none") and each row's place among them."""
-    encoded = column.fill_null("none").dictionary_encode()
-    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+def groups_of(rows: Dataset, name: str) -> tuple[list[str], np.ndarray]:
+    """The distinct values of a column (null: "none") in the order in which they come, and each row's place in them."""
+    column = rows.with_format("arrow")[name].fill_null("none")
+    groups = column.unique()
+    return groups.to_pylist(), pc.index_in(column, value_set=groups).to_numpy()
 
 
 def summarise(
-    facts: Facts,
+    rows: Dataset,
+    is_buffer: np.ndarray,
     codes: np.ndarray,
     relabelled: np.ndarray,
     before: np.ndarray,
+    classes: np.ndarray,
     reasons: list[tuple[str, str]],
     bad_rows: Sequence[dict],
 ) -> dict:
-    """selection.json, but for the settings."""
+    """selection.json, but for the settings. `before` and `classes` are pair classes before and after relabelling."""
     kept = codes == 0
     dropped = dict(Counter(("rows", row["reason"]) for row in bad_rows))
     dropped |= {reason: int(np.sum(codes == code)) for code, reason in enumerate(reasons, start=1)}
@@ -130,10 +108,10 @@ def summarise(
         present = [i for i, count in enumerate(before) if count or after[i]]
         return {"before": {names[i]: before[i] for i in present}, "after": {names[i]: after[i] for i in present}}
 
-    sources, source = groups_of(facts["source"])
-    buffer = facts["buffer"].astype(np.int64)
+    sources, source = groups_of(rows, "source")
+    buffer = is_buffer.astype(np.int64)
     return {
-        "digest": _digest(facts["row_id"].filter(pa.array(kept)), relabelled[kept]),
+        "digest": _digest(rows, kept, relabelled),
         "counts": {
             "rows": len(codes) + len(bad_rows),
             "kept": int(kept.sum()),
@@ -144,48 +122,14 @@ def summarise(
                 if rows
             ],
             "left": left,
-            "by_class": groups(PAIR_CLASSES, before, pair_class(facts)[kept]),  # `facts` bear the new labels by now
+            "by_class": groups(PAIR_CLASSES, before, classes[kept]),
             "by_source": groups(sources, source, source[kept]),
             "by_role": groups(("task", "buffer"), buffer, buffer[kept]),
         },
     }
 
 
-def _digest(row_ids: pa.Array, relabelled: np.ndarray) -> str:
-    lines = pc.binary_join_element_wise(row_ids, pc.if_else(pa.array(relabelled), "1\n", "0\n"), "\t")
-    ordered = lines.take(pc.sort_indices(lines))
-    _, offsets, text = ordered.buffers()
-    end = np.frombuffer(offsets, np.int32)[len(ordered)]
-    return hashlib.sha256(memoryview(text)[:end]).hexdigest()
-
-
-def read_decisions(path: Path, rows: int) -> Decisions | None:
-    """What `write_decisions` wrote; None where there is nothing or it is damaged (the archive has checksums)."""
-    try:
-        with np.load(path) as arrays:
-            codes, relabelled = arrays["codes"], arrays["relabelled"]
-            summary = json.loads(arrays["summary"].tobytes())
-    except Exception:  # not there, or damaged: what zipfile raises then depends on the byte that was hit
-        return None
-    return (codes, relabelled, summary) if len(codes) == len(relabelled) == rows else None
-
-
-def write_decisions(path: Path, decided: Decisions) -> None:
-    codes, relabelled, summary = decided
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = np.frombuffer(json.dumps(summary).encode(), np.uint8)
-    with written_whole(path) as file:
-        np.savez(file, codes=codes, relabelled=relabelled, summary=text)
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that is written aside and renamed: a reader sees the old one or the whole new one."""
-    aside = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with open(aside, "xb") as file:
-            yield file
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+def _digest(rows: Dataset, kept: np.ndarray, relabelled: np.ndarray) -> str:
+    ids = rows.with_format("arrow")["row_id"].to_pylist()
+    lines = sorted(f"{ids[row]}\t{relabelled[row]:d}\n".encode() for row in np.flatnonzero(kept).tolist())
+    return hashlib.sha256(b"".join(lines)).hexdigest()

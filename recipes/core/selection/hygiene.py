@@ -1,23 +1,21 @@
 """
-The rules that a training row must meet. `read_facts` reads the rows' text once and leaves a few numbers per row, the
-facts; every decision here and in `buffer.py` is made from those.
+The rules that a training row must meet. `read_facts` reads the rows' text once, a batch at a time, and leaves a few
+numbers per row, the facts; every decision here and in `buffer.py` is made from those.
 """
 
-import operator
-from collections.abc import Sequence
+import string
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from datasets.utils import tqdm
 from rapidfuzz.distance import Indel
-from rapidfuzz.process import cpdist
 from xxhash import xxh3_64_intdigest
 
 from core.config.schema import Hygiene
-from core.selection.prompts import CountTokens, Ngrams, TokenBound, too_long
-
-Facts = dict[str, np.ndarray]
+from core.data.tokens import refuse_faults, token_lengths
+from core.objective.margins import number_column
 
 # In the order in which they are tried: a row goes by the first rule that it breaks. Each is a key of `Hygiene`.
 RULES = (
@@ -31,32 +29,87 @@ RULES = (
     "ties",
     "min_answer_tokens",
     "eval_ngram",
+    "identical_tokens",
 )
 CODES = {rule: code for code, rule in enumerate(RULES, start=1)}  # 0: no rule is broken
 NUMBERS = ("chosen_safe", "rejected_safe", "chosen_severity", "rejected_severity", "score_chosen", "score_rejected")
+BATCH = 2_000  # rows that are held as Python objects, or as arrays of tokens, at a time
+PROBE = 6  # words; see `Ngrams`
+SEPARATORS = str.maketrans(string.punctuation, " " * len(string.punctuation))
+
+Facts = dict[str, np.ndarray]  # each of shape (rows,)
 
 
 # ---------------------------------------------------------------------------------------------- what a row is
-def _digests(texts: Sequence[str]) -> np.ndarray:
-    # 64 bits: among ten million rows the chance that any two different ones meet is 3 in a million.
-    return np.fromiter((xxh3_64_intdigest(text.encode()) for text in texts), np.uint64, len(texts))
-
-
-def _messages(prompts: pa.ListArray) -> tuple[list[tuple[int, int]], list[str], list[str]]:
-    """Each prompt's first message and the one after its last, and the roles and contents of all messages."""
-    starts = (prompts.offsets.to_numpy() - prompts.offsets[0].as_py()).tolist()
-    messages = prompts.flatten()
-    roles, contents = (pc.struct_field(messages, name).to_pylist() for name in ("role", "content"))
-    return list(zip(starts[:-1], starts[1:], strict=True)), roles, contents
-
-
-def _pair_keys(prompts: list[str], chosen: list[str], rejected: list[str]) -> Facts:
+def read_facts(rows: Dataset, settings: Hygiene, seed: int, eval_prompts: Iterable[list[dict]] | None = None) -> Facts:
     """
-    `pair`: the prompt and its two answers, whichever is chosen, after case folding; `side`: which of the two is
-    chosen (−1 or 1; 0 where they fold to the same text).
+    All that the selection needs to know of each row, but for its names:
+
+    `broken` (uint8): the code of its `own_fault`.
+    `pair` (uint64): a digest of the prompt and its two answers, whichever is chosen, after case folding; `side`
+    (int8): which of the two is chosen, −1 or 1; 0 where they fold to the same text.
+    `overlap` (bool): the prompt shares an n-gram with one of `eval_prompts`.
+    `order` (uint64): a digest of seed and row id, the order of every seeded choice.
+    `chosen_length`, `rejected_length`: in characters.
+    `tie`, `buffer` (bool), and the columns of `NUMBERS` as float64, null as NaN.
     """
-    prompt = _digests(prompts)
-    chosen, rejected = (_digests([text.casefold() for text in texts]) for texts in (chosen, rejected))
+    ngrams = None
+    if eval_prompts is not None and settings.eval_ngram is not None:
+        ngrams = Ngrams(eval_prompts, settings.eval_ngram)
+    text = rows.select_columns(["row_id", "prompt", "chosen", "rejected"])
+    batches = tqdm(text.iter(BATCH), total=-(-len(rows) // BATCH), desc="reading rows", unit=" batches", leave=False)
+    parts = [_read_batch(batch, settings, seed, ngrams) for batch in batches]
+    facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    facts |= {name: number_column(rows, name) for name in NUMBERS}
+    return facts | {"tie": number_column(rows, "tie") == 1, "buffer": has_role(rows, "buffer")}
+
+
+def has_role(rows: Dataset, role: str) -> np.ndarray:
+    """Shape: (rows,), bool."""
+    return pc.equal(rows.with_format("arrow")["role"], role).to_numpy()
+
+
+def _read_batch(batch: dict[str, list], settings: Hygiene, seed: int, ngrams: "Ngrams | None") -> Facts:
+    prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
+    folded = [[(turn["role"], turn["content"].casefold()) for turn in prompt] for prompt in prompts]
+    overlap = np.zeros(len(prompts), bool)
+    if ngrams is not None:
+        overlap[:] = [ngrams.shared_with(_users_text(turns)) for turns in folded]
+    faults = (own_fault(*row, settings) for row in zip(prompts, chosen, rejected, strict=True))
+    return {
+        "broken": np.array([0 if rule is None else CODES[rule] for rule in faults], np.uint8),
+        **_pair_keys(folded, chosen, rejected),
+        "overlap": overlap,
+        "order": _digests(f"{seed}:{row_id}" for row_id in batch["row_id"]),
+        "chosen_length": np.array([len(text) for text in chosen]),
+        "rejected_length": np.array([len(text) for text in rejected]),
+    }
+
+
+def own_fault(prompt: list[dict], chosen: str, rejected: str, settings: Hygiene) -> str | None:
+    """The first rule that a row breaks by itself, of those before `duplicates`; None if it breaks none."""
+    shorter, longer = sorted((len(chosen), len(rejected)))
+    if settings.empty != "keep":
+        if not (prompt and prompt[-1]["content"].strip() and chosen.strip() and rejected.strip()):
+            return "empty"
+    if settings.identical != "keep" and chosen == rejected:
+        return "identical"
+    if settings.min_characters is not None and shorter < settings.min_characters:
+        return "min_characters"
+    if settings.max_length_ratio is not None and longer > settings.max_length_ratio * shorter:
+        return "max_length_ratio"
+    limit = settings.max_similarity
+    # The Indel similarity is 2·LCS / (sum of lengths), and the LCS is at most the shorter text: most pairs are settled
+    # by their lengths. Below the cutoff 0 is returned, and most of the work is saved.
+    if limit is not None and 2 * shorter > limit * (shorter + longer):
+        if Indel.normalized_similarity(chosen, rejected, score_cutoff=limit) > limit:
+            return "max_similarity"
+    return None
+
+
+def _pair_keys(folded: list[list[tuple[str, str]]], chosen: list[str], rejected: list[str]) -> Facts:
+    prompt = _digests("\0".join(f"{role}\0{content}" for role, content in turns) for turns in folded)
+    chosen, rejected = (_digests(text.casefold() for text in answers) for answers in (chosen, rejected))
     low, high = np.minimum(chosen, rejected), np.maximum(chosen, rejected)
     # Odd multipliers modulo 2^64 (xxHash's primes) keep the three digests' places apart.
     pair = (
@@ -67,111 +120,22 @@ def _pair_keys(prompts: list[str], chosen: list[str], rejected: list[str]) -> Fa
     return {"pair": pair, "side": (chosen > rejected).astype(np.int8) - (chosen < rejected).astype(np.int8)}
 
 
-def _one_text(spans: list[tuple[int, int]], roles: list[str], contents: list[str]) -> list[str]:
-    turns = [f"{role}\0{content}" for role, content in zip(roles, contents, strict=True)]
-    return ["\0".join(turns[a:b]) for a, b in spans]
-
-
-def _numbers(column: pa.Array) -> np.ndarray:
-    """A numeric or boolean column as float64, null as NaN."""
-    return pc.cast(column, pa.float64()).to_numpy(zero_copy_only=False)
-
-
-def read_pairs(batch: pa.RecordBatch) -> Facts:
-    """`pair` and `side` of each row, for comparing two sets."""
-    spans, roles, contents = _messages(batch["prompt"])
-    prompts = _one_text(spans, roles, [content.casefold() for content in contents])
-    return _pair_keys(prompts, batch["chosen"].to_pylist(), batch["rejected"].to_pylist())
-
-
-def read_facts(
-    batch: pa.RecordBatch,
-    settings: Hygiene,
-    seed: int,
-    ngrams: Ngrams | None = None,
-    bound: TokenBound | None = None,
-    extra: str | None = None,
-) -> dict:
-    """
-    All that the selection needs to know of each row:
-    `broken` (uint8): the first broken rule of those that a row breaks by itself and that stand before `duplicates`;
-    `overlap` (bool); `pair`, `side`; `order` (uint64): a digest of seed and row id, the order of every seeded choice;
-    `prompt_least`, `prompt_most` (`TokenBound.of`); `frame` (uint64): a digest of the prompt's roles; `chosen_length`
-    and `rejected_length` in characters; the columns of `NUMBERS`, and the column that `extra` names under the name
-    `extra`, as float64; `tie`, `buffer` (bool); `row_id`, `source`, `category` (Arrow).
-    """
-    size = batch.num_rows
-    spans, roles, contents = _messages(batch["prompt"])
-    folded = [content.casefold() for content in contents]
-    chosen, rejected = batch["chosen"].to_pylist(), batch["rejected"].to_pylist()
-    lengths = [np.fromiter(map(len, answers), np.int32, size) for answers in (chosen, rejected)]
-    shorter, longer = np.minimum(*lengths), np.maximum(*lengths)
-
-    broken = np.zeros(size, np.uint8)
-
-    def mark(rule: str, found: np.ndarray) -> None:
-        broken[(broken == 0) & found] = CODES[rule]
-
-    if settings.empty != "keep":
-        blank = (a == b or not contents[b - 1].strip() for a, b in spans)
-        answers = (not (c.strip() and r.strip()) for c, r in zip(chosen, rejected, strict=True))
-        mark("empty", np.fromiter(map(operator.or_, blank, answers), bool, size))
-    if settings.identical != "keep":
-        mark("identical", np.fromiter(map(operator.eq, chosen, rejected), bool, size))
-    if settings.min_characters is not None:
-        mark("min_characters", shorter < settings.min_characters)
-    if settings.max_length_ratio is not None:
-        mark("max_length_ratio", longer > settings.max_length_ratio * shorter)
-    if settings.max_similarity is not None:
-        # The Indel similarity is 2·LCS / (sum of lengths), and the LCS is at most the shorter text.
-        near = np.flatnonzero((broken == 0) & (2 * shorter > settings.max_similarity * (shorter + longer)))
-        similarity = cpdist(
-            [chosen[i] for i in near],
-            [rejected[i] for i in near],
-            scorer=Indel.normalized_similarity,
-            score_cutoff=settings.max_similarity,  # below it 0 is returned, and most of the work is saved
-            dtype=np.float64,
-        )
-        mark("max_similarity", np.isin(np.arange(size), near[similarity > settings.max_similarity]))
-
-    overlap = np.zeros(size, bool)
-    if ngrams is not None:
-        users = (" ".join(folded[i] for i in range(a, b) if roles[i] == "user") for a, b in spans)
-        overlap = np.fromiter(map(ngrams.shared_with, users), bool, size)
-
-    bounds = np.zeros((size, 2), np.int32)
-    if bound is not None:
-        bounds = np.fromiter((bound.of(contents[a:b]) for a, b in spans), np.dtype((np.int32, 2)), size)
-    row_ids = batch["row_id"].to_pylist()
-    return {
-        "broken": broken,
-        "overlap": overlap,
-        **_pair_keys(_one_text(spans, roles, folded), chosen, rejected),
-        "order": _digests([f"{seed}:{row_id}" for row_id in row_ids]),
-        "prompt_least": bounds[:, 0],
-        "prompt_most": bounds[:, 1],
-        "frame": _digests([" ".join(roles[a:b]) for a, b in spans]),
-        "chosen_length": lengths[0],
-        "rejected_length": lengths[1],
-        "tie": _numbers(batch["tie"]) == 1,
-        "buffer": np.fromiter((role == "buffer" for role in batch["role"].to_pylist()), bool, size),
-        **{name: _numbers(batch[name]) for name in NUMBERS},
-        **({"extra": _numbers(batch[extra])} if extra else {}),
-        **{name: batch[name] for name in ("row_id", "source", "category")},
-    }
+def _digests(texts: Iterable[str]) -> np.ndarray:
+    # 64 bits: among ten million rows the chance that any two different ones meet is 3 in a million.
+    return np.array([xxh3_64_intdigest(text.encode()) for text in texts], np.uint64)
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
-def first_broken(
-    rows: Dataset,
-    facts: Facts,
-    settings: Hygiene,
-    bound: TokenBound | None,
-    count_prompt_tokens: CountTokens | None,
-    num_proc: int | None = None,
-) -> np.ndarray:
-    """The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8."""
+def first_broken(rows: Dataset, facts: Facts, settings: Hygiene, max_length: int | None) -> np.ndarray:
+    """
+    The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8. The rules on tokens
+    are left out where the rows have none, and `min_answer_tokens` where `max_length` is None.
+
+    Raises:
+        RecipeError: the chat template refuses a prompt, so that its tokens cannot be counted.
+    """
     broken = facts["broken"].copy()
+    tokenised = "prompt_ids" in rows.column_names
 
     def mark(rule: str, found: np.ndarray) -> None:
         broken[(broken == 0) & found] = CODES[rule]
@@ -182,12 +146,14 @@ def first_broken(
         mark("contradictions", _both_ways(facts["pair"], facts["side"], broken == 0))
     if settings.ties != "keep":
         mark("ties", facts["tie"])
-    if bound is not None:
-        bounds = facts["prompt_least"], facts["prompt_most"]
-        found = too_long(rows, broken == 0, *bounds, facts["frame"], bound, count_prompt_tokens, num_proc)
-        mark("min_answer_tokens", found)
+    if tokenised and None not in (settings.min_answer_tokens, max_length):
+        tokens = token_lengths(rows)[:, 0]
+        refuse_faults(rows.select(np.flatnonzero((broken == 0) & (tokens == 0))))
+        mark("min_answer_tokens", tokens + settings.min_answer_tokens > max_length)
     if settings.eval_ngram is not None:
         mark("eval_ngram", facts["overlap"])
+    if tokenised and settings.identical_tokens != "keep":
+        mark("identical_tokens", _same_tokens(rows, broken == 0))
     return broken
 
 
@@ -201,3 +167,68 @@ def _seen_before(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
 def _both_ways(pair: np.ndarray, side: np.ndarray, among: np.ndarray) -> np.ndarray:
     one, other = (pair[among & (side == way)] for way in (-1, 1))
     return among & np.isin(pair, np.intersect1d(one, other)) & (side != 0)
+
+
+def _same_tokens(rows: Dataset, among: np.ndarray) -> np.ndarray:
+    """Whether the answers of a row differ as texts and have the same tokens, at least one. Shape: (rows,), bool."""
+    _, chosen, rejected = token_lengths(rows).T
+    among = among & (chosen == rejected) & (chosen > 0)
+    places = np.flatnonzero(among)
+    found = np.zeros(len(rows), bool)
+    columns = rows.select_columns(["chosen", "rejected", "chosen_ids", "rejected_ids"]).with_format("arrow")
+    for start in range(0, len(places), BATCH):
+        part = places[start : start + BATCH]
+        table = columns.select(part)[:].combine_chunks()
+        # Both answers of each row are of one length, so the tokens of all the rows stand beside each other.
+        ids = (table[name].combine_chunks().flatten().to_numpy() for name in ("chosen_ids", "rejected_ids"))
+        alike = np.logical_and.reduceat(np.equal(*ids), np.cumsum(chosen[part]) - chosen[part])
+        texts = table["chosen"].to_numpy() != table["rejected"].to_numpy()
+        found[part] = alike & texts
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- evaluation prompts
+class Ngrams:
+    """
+    Runs of n words that occur in the evaluation prompts. Words are what white space and ASCII punctuation separate,
+    after case folding; a prompt's user turns count as one text. A prompt shorter than n words matches as a whole only.
+
+    Exact and cheap: any run of n words holds exactly one run of `PROBE` words that starts at a multiple of
+    n − PROBE + 1. A prompt of w words is asked about those, w/8 questions with n = 13, and compared word by word only
+    around one that is answered yes.
+    """
+
+    def __init__(self, prompts: Iterable[list[dict]], n: int):
+        self.n, self.probe = n, min(PROBE, n)
+        self.whole, self.runs, self.probes = set(), set(), set()
+        for prompt in prompts:
+            words = words_of(_users_text([(turn["role"], turn["content"].casefold()) for turn in prompt]))
+            if len(words) < n:
+                self.whole.add(" ".join(words))
+            self.runs.update(_runs(words, n))
+            self.probes.update(_runs(words, self.probe) if len(words) >= n else ())
+        self.whole.discard("")
+
+    def shared_with(self, folded: str) -> bool:
+        """Whether a case-folded prompt shares a run of n words, or all of its words, with an evaluation prompt."""
+        words, stride = words_of(folded), self.n - self.probe + 1
+        if len(words) < self.n:
+            return " ".join(words) in self.whole
+        return any(
+            " ".join(words[start : start + self.n]) in self.runs
+            for place in range(0, len(words) - self.probe + 1, stride)
+            if " ".join(words[place : place + self.probe]) in self.probes
+            for start in range(max(0, place - stride + 1), min(place, len(words) - self.n) + 1)
+        )
+
+
+def words_of(folded: str) -> list[str]:
+    return folded.translate(SEPARATORS).split()
+
+
+def _users_text(turns: Sequence[tuple[str, str]]) -> str:
+    return " ".join(content for role, content in turns if role == "user")
+
+
+def _runs(words: list[str], length: int) -> list[str]:
+    return [" ".join(words[i : i + length]) for i in range(len(words) - length + 1)]

@@ -1,23 +1,23 @@
-"""From the recipe's datasets to what the trainer reads: load, select, tokenise, and give each row its margin."""
+"""From the recipe's datasets to what the trainer reads: load, tokenise, select, and give each row its margin."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig
 
-from core.config.schema import DatasetEntry, PreferenceRecipe, Selection
-from core.data.preferences import load_preferences
-from core.data.tokens import end_token_notice, ids_digest, render, template_digest, tokenize_rows, with_system_message
-from core.objective.margins import margin_warnings, pair_classes, row_margins
+from core.config.schema import DatasetEntry, PreferenceRecipe
+from core.data.preferences import BadRows, load_preferences
+from core.data.tokens import end_token_notice, ids_digest, tokenize_rows, trainable_rows
+from core.objective.margins import margin_warnings, row_margins
 from core.runtime.ranks import caches_in_turn
 from core.selection.audit import Audit
 from core.selection.buffer import select_rows
+from core.selection.hygiene import has_role
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,6 @@ class Pairs:
         return xxhash.xxh3_128_hexdigest(numbers + (tokens + self.audit.digest).encode())
 
 
-class Gaps:
-    """The reference's gap of each row by its id, in the form that `select_rows` asks for it."""
-
-    def __init__(self, row_ids: Sequence[str], gaps: np.ndarray) -> None:
-        self.row_ids, self.gaps = pa.array(row_ids), gaps
-        self.digest = xxhash.xxh3_128_hexdigest(gaps.tobytes())
-
-    def __call__(self, rows: Dataset) -> np.ndarray:
-        return self.gaps[pc.index_in(pa.array(rows["row_id"]), value_set=self.row_ids).to_numpy()]
-
-
 def prepare_pairs(
     entries: list[DatasetEntry],
     recipe: PreferenceRecipe,
@@ -78,72 +67,68 @@ def prepare_pairs(
     evaluation: bool = False,
 ) -> Pairs:
     """
-    Every rank gets the same rows: the first computes them, the others read its caches (`ranks.caches_in_turn`).
+    Every rank gets the same rows: what is heavy is left in datasets' cache by the first (`ranks.caches_in_turn`), and
+    the decisions are each rank's own.
 
     Args:
         entries: the recipe's `datasets` or `eval_datasets`.
         recipe, args: settings of selection, margin, lengths and seed.
         tokenizer: None: rows without token ids, of which none is too long.
         held_out: evaluation rows, whose prompts the n-gram rule of the hygiene keeps out of these.
-        reference_gaps: log π_ref(y_w) − log π_ref(y_l) of tokenised rows, for `selection.score.signal: reference_gap`.
+        reference_gaps: log π_ref(y_w) − log π_ref(y_l) in nats of N rows with token ids, shape (N,), float64; for
+            `selection.score.signal: reference_gap`. It is asked once, about the rows that hygiene and labels leave.
         evaluation: select for hygiene only: no relabelling, no filter, no quotas.
 
     Raises:
-        RecipeError: see `load_preferences`, `select_rows`, `tokenize_rows` and `row_margins`.
+        RecipeError: see `load_preferences`, `select_rows`, `trainable_rows` and `row_margins`.
     """
-    settings, max_length, num_proc = recipe.selection, args.max_length, args.dataset_num_proc
-    seed = args.seed if settings.seed is None else settings.seed
+    seed = args.seed if recipe.selection.seed is None else recipe.selection.seed
+    rows, bad_rows = caches_in_turn(partial(_read, entries, recipe, args, tokenizer, seed))
+    kept, audit = select_rows(
+        rows,
+        recipe.selection,
+        seed=seed,
+        max_length=args.max_length,
+        eval_prompts=None if held_out is None else held_out.dataset["prompt"],
+        reference_gap=reference_gaps and partial(_gaps_of, reference_gaps),
+        hygiene_only=evaluation,
+        bad_rows=bad_rows,
+    )
+    dataset, cut = (kept, {}) if tokenizer is None else trainable_rows(kept)
+    dataset = _written_out(dataset)
 
-    by_reference = not evaluation and settings.score is not None and settings.score.signal == "reference_gap"
-
-    def count_prompt_tokens(prompts: list[list[dict]]) -> list[int]:
-        conversations = [with_system_message(prompt, recipe.system_message) for prompt in prompts]
-        return [len(ids) for ids in render(tokenizer, conversations, open_turn=True)]
-
-    def tokenize(rows: Dataset) -> tuple[Dataset, dict[str, int]]:
-        return tokenize_rows(rows, tokenizer, max_length, recipe.system_message, num_proc)
-
-    rows, bad_rows = caches_in_turn(lambda: load_preferences(entries, seed, num_proc))
-
-    def select(settings: Selection, gaps: Gaps | None = None) -> tuple[Dataset, Audit]:
-        digest = None if tokenizer is None else template_digest(tokenizer, recipe.system_message)
-        return select_rows(
-            rows,
-            settings,
-            seed=seed,
-            max_length=max_length,
-            count_prompt_tokens=None if tokenizer is None else count_prompt_tokens,
-            eval_prompts=None if held_out is None else held_out.dataset["prompt"],
-            reference_gap=gaps,
-            hygiene_only=evaluation,
-            num_proc=num_proc,
-            bad_rows=bad_rows,
-            cache_key=digest and digest + (gaps.digest if gaps else ""),
-        )
-
-    gaps = None
-    if by_reference:
-        # The reference scores what hygiene and labels leave, on all ranks at once; the rest is one rank's work.
-        left, _ = caches_in_turn(lambda: select(replace(settings, score=None, quotas=None)))
-        if settings.score.role != "all":
-            left = left.select(np.flatnonzero(_has_role(left, settings.score.role)))
-        gaps = Gaps(left["row_id"], reference_gaps(caches_in_turn(lambda: tokenize(left)[0])))
-    kept, audit = caches_in_turn(lambda: select(settings, gaps))
-    tokenized, cut = (kept, {}) if tokenizer is None else caches_in_turn(lambda: tokenize(kept))
-    values = row_margins(tokenized, recipe.margin)
-    warnings = margin_warnings(tokenized, recipe.margin, values, (settings.labels or "helpful") != "helpful")
-    notice = None if tokenizer is None else end_token_notice(tokenized, tokenizer, max_length)
+    margins = row_margins(dataset, recipe.margin)
+    warnings = margin_warnings(dataset, recipe.margin, margins, (recipe.selection.labels or "helpful") != "helpful")
+    notice = None if tokenizer is None else end_token_notice(dataset, tokenizer, args.max_length)
     columns = {
-        "row": np.arange(len(tokenized)),
-        "margin": values,
-        "pair_class": pair_classes(tokenized),
-        "is_buffer": _has_role(tokenized, "buffer"),
+        "row": np.arange(len(dataset)),
+        "margin": margins,
+        "pair_class": audit.classes[audit.codes == 0],
+        "is_buffer": has_role(dataset, "buffer"),
     }
     for name, column in columns.items():
-        tokenized = tokenized.add_column(name, column)
-    return Pairs(tokenized, audit, cut, warnings + ([notice] if notice else []))
+        dataset = dataset.add_column(name, column)
+    return Pairs(dataset, audit, cut, warnings + ([notice] if notice else []))
 
 
-def _has_role(rows: Dataset, role: str) -> np.ndarray:
-    """Shape: (N,), bool."""
-    return pc.equal(rows.with_format("arrow")["role"], role).to_numpy()
+def _read(
+    entries: list[DatasetEntry],
+    recipe: PreferenceRecipe,
+    args: DPOConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seed: int,
+) -> tuple[Dataset, BadRows]:
+    """All rows, with their tokens: also those that the selection will drop, for its rules look at the tokens."""
+    rows, bad_rows = load_preferences(entries, seed, args.dataset_num_proc)
+    if tokenizer is not None:
+        rows = tokenize_rows(rows, tokenizer, args.max_length, recipe.system_message, args.dataset_num_proc)
+    return rows, bad_rows
+
+
+def _gaps_of(reference_gaps: Callable[[Dataset], np.ndarray], rows: Dataset) -> np.ndarray:
+    return reference_gaps(_written_out(trainable_rows(rows)[0]))
+
+
+def _written_out(rows: Dataset) -> Dataset:
+    """A choice of rows as a file of their own; adding a column would make one too, by way of Python objects."""
+    return caches_in_turn(lambda: rows.with_format("arrow").flatten_indices().with_format(None))

@@ -1,5 +1,6 @@
 """Checkpoints that are complete or not there: written aside, sealed by a manifest, put in place by a rename."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from transformers.utils import logging
 
 from core.runtime.environment import versions
 from core.runtime.errors import RecipeError, full_disk
+from core.runtime.files import replaced
 from core.runtime.ranks import first_rank_decides, rank
 
 logger = logging.get_logger(__name__)
@@ -104,15 +106,13 @@ def seal(folder: Path, step: int, launch: dict[str, Any]) -> None:
     """Write manifest.json: the size and xxh3_128 digest of every file, with the step and `launched_as`; flush all."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(_digest_and_flush, files))
+        digests = list(pool.map(_flush_and_digest, files))
     entries = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest}
         for path, digest in zip(files, digests, strict=True)
     }
-    part = folder / (MANIFEST + ".part")
-    part.write_text(json.dumps({"step": step, **launch, "files": entries}, indent=1))
-    _flush(part)
-    os.rename(part, folder / MANIFEST)
+    with replaced(folder / MANIFEST) as file:
+        file.write(json.dumps({"step": step, **launch, "files": entries}, indent=1).encode())
     _flush(folder)
 
 
@@ -133,12 +133,13 @@ def damage(folder: Path) -> str | None:
         return f"{missing[0]} is missing"
     if extra := sorted(set(present) - set(expected)):
         return f"{extra[0]} is not of it"
-    for name, entry in expected.items():
+    for name, entry in expected.items():  # sizes first: they cost nothing
         if (size := present[name].stat().st_size) != entry["bytes"]:
             return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
     with ThreadPoolExecutor(8) as pool:
-        for name, digest in zip(expected, pool.map(lambda name: _digest(present[name]), expected), strict=True):
-            if digest != expected[name]["xxh3_128"]:
+        digests = pool.map(_digest, (present[name] for name in expected))
+        for (name, entry), digest in zip(expected.items(), digests, strict=True):
+            if digest != entry["xxh3_128"]:
                 return f"{name} has changed since it was saved"
     return None
 
@@ -147,43 +148,45 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / MANIFEST).read_text())
 
 
-def only_weights(folder: Path) -> bool:
-    """Whether a whole checkpoint has no optimizer, by save_only_model: Trainer would go on with a fresh one."""
+def fault(folder: Path) -> str | None:
+    """Why a run cannot go on from a checkpoint: its `damage`, or no optimizer; None if it can."""
+    if reason := damage(folder):
+        return reason
     files = _manifest(folder)["files"]
-    return not any(name == "optimizer.pt" or name.startswith("global_step") for name in files)  # or DeepSpeed's folder
+    # Trainer would go on with a fresh optimizer. DeepSpeed's is in a folder of its own.
+    has_optimizer = any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
+    return None if has_optimizer else NO_OPTIMIZER
 
 
 def newest_complete(output_dir: str | Path) -> str | None:
     """
-    The checkpoint to go on from: the newest in `output_dir` that is whole and has its optimizer, the same on every
-    rank. Others are stepped over with a warning.
+    The checkpoint to go on from: the newest in `output_dir` without a `fault`, the same on every rank. Others are
+    stepped over with a warning.
 
     Raises:
         RecipeError: there are checkpoints, and none is such a one.
     """
 
     def search() -> str | None:
-        faults, weights = [], []
+        faults = {}
         for folder in numbered(Path(output_dir)):
-            fault = damage(folder)
-            if fault is None and only_weights(folder):
-                fault = NO_OPTIMIZER
-                weights.append(folder)
-            if fault is None:
+            reason = fault(folder)
+            if reason is None:
                 return str(folder)
-            logger.warning(f"stepping over {folder}: {fault}")
-            faults.append(f"{folder.name}: {fault}")
+            logger.warning(f"stepping over {folder}: {reason}")
+            faults[folder] = reason
+        if not faults:
+            return None
+        told = "; ".join(f"{folder.name}: {reason}" for folder, reason in faults.items())
+        weights = [folder for folder, reason in faults.items() if reason == NO_OPTIMIZER]
         if weights:
             raise RecipeError(
-                f"output_dir {output_dir}: no checkpoint can be gone on from ({'; '.join(faults)}); "
-                f"{_new_run(weights[0])}"
+                f"output_dir {output_dir}: no checkpoint can be gone on from ({told}); {_new_run(weights[0])}"
             )
-        if faults:
-            raise RecipeError(
-                f"output_dir {output_dir}: no checkpoint is whole ({'; '.join(faults)}); start again in another "
-                "output_dir, or delete them to start again in this one"
-            )
-        return None
+        raise RecipeError(
+            f"output_dir {output_dir}: no checkpoint is whole ({told}); start again in another output_dir, or delete "
+            "them to start again in this one"
+        )
 
     return first_rank_decides(search)
 
@@ -191,21 +194,18 @@ def newest_complete(output_dir: str | Path) -> str | None:
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
     """
     What `resume_from_checkpoint` of the recipe means: true or `auto` is `newest_complete` (None if there is none yet),
-    a path is that checkpoint, which must be whole and have its optimizer, and null or false is a fresh start. A
-    manifest tells damage, not malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
+    a path is that checkpoint, which must be without a `fault`, and null or false is a fresh start. A manifest tells
+    damage, not malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
     """
     if resume in (None, False, "false", "no"):
         return None
     if resume in (True, "true", "auto"):
         return newest_complete(output_dir)
-    fault = first_rank_decides(lambda: damage(Path(resume)) if Path(resume).is_dir() else "it is not a folder")
-    if fault:
-        raise RecipeError(
-            f"resume_from_checkpoint: {resume}: {fault}; name another, or `auto` for the newest whole one"
-        )
-    if first_rank_decides(lambda: only_weights(Path(resume))):
-        raise RecipeError(f"resume_from_checkpoint: {resume}: {NO_OPTIMIZER}; {_new_run(resume)}")
-    return str(resume)
+    reason = first_rank_decides(lambda: fault(Path(resume)) if Path(resume).is_dir() else "it is not a folder")
+    if reason is None:
+        return str(resume)
+    way_out = _new_run(resume) if reason == NO_OPTIMIZER else "name another, or `auto` for the newest whole one"
+    raise RecipeError(f"resume_from_checkpoint: {resume}: {reason}; {way_out}")
 
 
 def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
@@ -227,14 +227,14 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
     """
     then = _manifest(Path(checkpoint))
     way_out = f"or {_new_run(checkpoint)}"
-
-    def named(stage: int | None) -> str:
-        return "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
-
     if then["zero_stage"] != launch["zero_stage"]:
+        was, now = (
+            "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
+            for stage in (then["zero_stage"], launch["zero_stage"])
+        )
         raise RecipeError(
-            f"{checkpoint} was saved under {named(then['zero_stage'])}; this run has {named(launch['zero_stage'])}, "
-            f"which cannot take over its optimizer; use the launch config of that run, {way_out}"
+            f"{checkpoint} was saved under {was}; this run has {now}, which cannot take over its optimizer; use the "
+            f"launch config of that run, {way_out}"
         )
     if then["zero_stage"] is not None and then["world_size"] != launch["world_size"]:
         raise RecipeError(
@@ -252,18 +252,22 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
             f"{checkpoint} is of other training rows: the data, or what selects and tokenises it, has changed since; "
             f"put back what the run began with, {way_out}"
         )
-    if rank() != 0:
-        return
-    old, new = then.get("versions", {}), launch.get("versions", {})
+    if rank() == 0:
+        _tell_changes(checkpoint, then, launch)
+
+
+def _tell_changes(checkpoint: str | Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Warn of what a run goes on with although it has changed."""
+    old, new = then.get("versions", {}), now.get("versions", {})
     changed = [f"{name} {old[name]} → {new.get(name)}" for name in old if old[name] != new.get(name)]
     if changed:
         logger.warning(
             f"going on with other versions than {checkpoint} was saved with ({', '.join(changed)}): the numbers may "
             "differ from an unbroken run"
         )
-    if then["world_size"] != launch["world_size"]:
+    if then["world_size"] != now["world_size"]:
         logger.warning(
-            f"going on with {launch['world_size']} processes from {then['world_size']}: the same rows in the same "
+            f"going on with {now['world_size']} processes from {then['world_size']}: the same rows in the same "
             "updates, the same optimizer and schedule; rounding and dropout masks differ from an unbroken run"
         )
 
@@ -287,14 +291,11 @@ def _step(folder: Path) -> int:
 
 
 def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _digest_and_flush(path: Path) -> str:
+def _flush_and_digest(path: Path) -> str:
     _flush(path)
     return _digest(path)
 

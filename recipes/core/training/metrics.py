@@ -16,6 +16,7 @@ PAIR_STATS = (
     "logps/chosen",
     "logps/rejected",
 )
+# Fields of `prefix.PairOutputs`.
 TOKEN_STATS = ("chosen_tokens", "rejected_tokens", "chosen_logits", "rejected_logits", "entropy", "chosen_top1")
 # "" is every pair. The slash of a pair class would read as a level of the metric's name.
 GROUPS = ("", *(name.replace("/", "_") for name in PAIR_CLASSES), "task", "buffer")
@@ -46,32 +47,33 @@ class PairMetrics:
             pair_class: index into `PAIR_CLASSES`. Shape: (B,).
             is_buffer: whether a row is replayed. Shape: (B,), bool.
         """
-        every = torch.ones_like(is_buffer).unsqueeze(1)
+        is_buffer = is_buffer.unsqueeze(1)
         classes = pair_class.unsqueeze(1) == torch.arange(len(PAIR_CLASSES), device=pair_class.device)
-        member = torch.cat([every, classes, ~is_buffer.unsqueeze(1), is_buffer.unsqueeze(1)], dim=1).double()
-        counted = torch.cat([torch.ones_like(stats[:, :1]), stats], dim=1).double()
-        self.sums += member.T @ counted
+        member = torch.cat([torch.ones_like(is_buffer), classes, ~is_buffer, is_buffer], dim=1)  # (B, groups)
+        counted = torch.cat([torch.ones_like(stats[:, :1]), stats], dim=1)
+        self.sums += member.double().T @ counted.double()
         self.token_sums += tokens.double().sum(dim=0)
         self.empty = False
 
-    def report(self, reduce: Callable[[torch.Tensor], torch.Tensor], buffer_weight: float) -> dict[str, float]:
+    def report(
+        self, buffer_weight: float, reduce: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> dict[str, float]:
         """
         Means by name (a group's as `group/name`), and a fresh start.
 
         Args:
-            reduce: sums a tensor over the ranks (the identity where every rank has seen all pairs).
             buffer_weight: λ of the overall loss: mean over task pairs + λ·mean over buffer pairs.
+            reduce: sums a tensor over the ranks; None where every rank has seen all pairs.
         """
-        sums, tokens = reduce(self.sums).tolist(), reduce(self.token_sums).tolist()
+        sums, tokens = ((reduce(part) if reduce else part).tolist() for part in (self.sums, self.token_sums))
         self.reset()
         report = {}
         for group, (count, *totals) in zip(GROUPS, sums, strict=True):
             if count:
                 prefix = f"{group}/" if group else ""
                 report |= {f"{prefix}{name}": total / count for name, total in zip(PAIR_STATS, totals, strict=True)}
-        losses = [report.get("task/loss"), report.get("buffer/loss")]
-        if None not in losses:
-            report["loss"] = losses[0] + buffer_weight * losses[1]
+        if "task/loss" in report and "buffer/loss" in report:
+            report["loss"] = report["task/loss"] + buffer_weight * report["buffer/loss"]
         total = dict(zip(TOKEN_STATS, tokens, strict=True))
         both = total["chosen_tokens"] + total["rejected_tokens"]
         return report | {

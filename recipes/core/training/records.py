@@ -10,6 +10,7 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from core.runtime.errors import RecipeError
+from core.runtime.files import replaced
 
 METRICS = "metrics.jsonl"
 
@@ -18,7 +19,7 @@ Record = dict[str, Any]
 # On the log line; all else is in metrics.jsonl, which the line would otherwise drown in.
 LOG_LINE = {
     "loss": "loss", "eval_loss": "eval_loss", "train_loss": "mean loss", "task/loss": "task", "buffer/loss": "buffer",
-    "rewards/margins": "margin", "eval_rewards/margins": "margin", "accuracy_helpful": "helpful",
+    "rewards/margins": "reward margin", "eval_rewards/margins": "reward margin", "accuracy_helpful": "helpful",
     "accuracy_target": "target", "eval_accuracy_helpful": "helpful", "eval_accuracy_target": "target",
     "mean_token_accuracy": "token accuracy", "grad_norm": "grad_norm", "learning_rate": "lr",
     "pairs_per_second": "pairs/s", "tokens_per_second": "tokens/s", "tokens_saved": "tokens saved", "mfu": "mfu",
@@ -53,9 +54,8 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / METRICS
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(map(_line, state.log_history)), encoding="utf-8")
-            os.replace(temporary, path)
+            with replaced(path) as file:
+                file.write("".join(map(_line, state.log_history)).encode())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from core.config.parsing import Resolved, build, resolve, save_recipe
-from core.config.schema import DatasetEntry
-from core.config.validation import Kind
-from core.runtime.environment import check_model_path, go_offline_if_local, spare_cpu_compile, versions
+from core.config.parsing import Run, Settings, build, resolve, save_recipe
+from core.config.schema import Kind
+from core.runtime.environment import spare_cpu_compile, versions
 from core.runtime.errors import RecipeError
 from core.runtime.launching import check_launched
+from core.runtime.network import check_model_path, go_offline_if_local
 from core.runtime.output_folder import check_writable, claim_output_dir, existing_parent
 from core.training.tracking import start_wandb
 
@@ -17,52 +17,26 @@ if TYPE_CHECKING:
     from core.selection.audit import Audit
 
 
-def open_run(kind: Kind) -> Resolved:
+def open_run(kind: Kind) -> Run:
     """
     Check the recipe before anything is loaded, join the ranks, and claim the output folder.
 
     Raises:
         RecipeError: on every rank, whichever found the fault.
     """
-    try:
-        settings = resolve(kind)
-    except RecipeError as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            from core.runtime.ranks import join_processes
-
-            join_processes(fault=str(error))  # tells the other ranks, which may have another recipe, and raises
-        raise
-    values = settings.values
-    entries: list[DatasetEntry] = [*settings.recipe.datasets, *settings.recipe.eval_datasets]
-    models = [values["model_name_or_path"], values.get("reference_model"), values.get("chat_template_path")]
-    go_offline_if_local([*models, *(entry.path for entry in entries)])
+    settings = _read_recipe(kind)
+    go_offline_if_local(places(settings))
 
     # torch takes seconds to import: a misspelt key is told before.
-    from core.runtime.ranks import (
-        agree,
-        check_shared_folder,
-        check_world,
-        deepspeed_is_asked_for,
-        first_rank_decides,
-        join_processes,
-        rank,
-    )
+    from core.runtime.ranks import agree, join_processes, rank
 
     spare_cpu_compile()
     join_processes(timeout=settings.training.get("ddp_timeout", 1800))
-    check_world(settings.recipe.num_processes, deepspeed_is_asked_for())
-    check_launched(settings.training)
-    agree("recipe", values)
+    check_launched(settings.training, settings.recipe.num_processes)
+    agree("recipe", settings.values)
     agree("versions", versions())
-    first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
-    if kind == "evaluate":
-        if values.get("reference_model"):
-            first_rank_decides(lambda: check_model_path(values["reference_model"]))
-        first_rank_decides(lambda: check_writable(Path(values["output_dir"])))
-    else:
-        resuming = bool(values.get("resume_from_checkpoint"))
-        first_rank_decides(lambda: claim_output_dir(values["output_dir"], values, resuming))
-        check_shared_folder(existing_parent(Path(values["output_dir"])))
+    check_models(settings)
+    claim_folder(settings)
     resolved = build(settings)
     if rank() == 0:
         for line in resolved.announcements:
@@ -70,7 +44,47 @@ def open_run(kind: Kind) -> Resolved:
     return resolved
 
 
-def begin(resolved: Resolved, audit: "Audit | None" = None) -> None:
+def _read_recipe(kind: Kind) -> Settings:
+    """The recipe of this rank; what is wrong with it is told to the others too, which may have another."""
+    try:
+        return resolve(kind)
+    except RecipeError as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            from core.runtime.ranks import join_processes
+
+            join_processes(fault=str(error))  # raises
+        raise
+
+
+def places(settings: Settings) -> list[str | None]:
+    """What the recipe reads: paths, or names of the Hub."""
+    models = [settings.values.get(key) for key in ("model_name_or_path", "reference_model", "chat_template_path")]
+    return [*models, *(entry.path for entry in (*settings.recipe.datasets, *settings.recipe.eval_datasets))]
+
+
+def check_models(settings: Settings) -> None:
+    from core.runtime.ranks import first_rank_decides
+
+    values = settings.values
+    first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
+    if settings.kind == "evaluate" and values.get("reference_model"):
+        first_rank_decides(lambda: check_model_path(values["reference_model"]))
+
+
+def claim_folder(settings: Settings) -> None:
+    """An evaluation may write beside what is there; a run must have the folder for itself, on every node."""
+    from core.runtime.ranks import check_shared_folder, first_rank_decides
+
+    values, folder = settings.values, Path(settings.values["output_dir"])
+    if settings.kind == "evaluate":
+        first_rank_decides(lambda: check_writable(folder))
+        return
+    resuming = bool(values.get("resume_from_checkpoint"))
+    first_rank_decides(lambda: claim_output_dir(folder, values, resuming))
+    check_shared_folder(existing_parent(folder))
+
+
+def begin(resolved: Run, audit: "Audit | None" = None) -> None:
     """Put the resolved recipe and the selection's audit into the output folder, and start wandb; on every rank."""
     from core.runtime.ranks import first_rank_decides
 

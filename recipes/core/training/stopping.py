@@ -1,5 +1,6 @@
 """The end of a run by a signal: the update is finished and saved, and the exit code says so."""
 
+import signal
 import sys
 from typing import NoReturn
 
@@ -8,16 +9,16 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from core.runtime.environment import answer_signals
-from core.runtime.errors import SAVED_ON_SIGNAL, leave
+from core.runtime.errors import INTERRUPTED, SAVED_ON_SIGNAL, leave
 from core.runtime.ranks import rank
 
 
 class StopOnSignal(TrainerCallback):
     """
-    SIGTERM or SIGUSR1 (preemption, Slurm's signal before the end) on any rank: all of them finish the update, save,
-    and stop. After `train`, `exit_if_stopped` ends the process with `SAVED_ON_SIGNAL`; before the first update there
-    is nothing to save, and the process ends with it at once (what a reference pass has computed is kept). So it does
-    after the last one, if that is saved: a resumed run does the rest again.
+    SIGTERM or SIGUSR1 (preemption, Slurm's signal before the end) or Ctrl-C on any rank: all of them finish the
+    update, save, and stop. After `train`, `exit_if_stopped` ends the process with `SAVED_ON_SIGNAL`; before the first
+    update there is nothing to save, and the process ends with it at once (what a reference pass has computed is kept).
+    So it does after the last one, if that is saved: a resumed run does the rest again. A second Ctrl-C does not wait.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,8 @@ class StopOnSignal(TrainerCallback):
         answer_signals(self._note)
 
     def _note(self, name: str) -> None:
+        if name == self.received == signal.SIGINT.name:
+            leave(INTERRUPTED)
         self.received = name
         if not self.training:
             self._end()

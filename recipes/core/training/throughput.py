@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
+from core.modeling.parameters import numel
+
 # Dense bf16 matrix FLOP/s from the makers' data sheets (their figures "with sparsity" are twice these). The first
 # pattern that matches torch's name of the device counts; a device that is not here gets no MFU.
 PEAK_FLOPS = (
@@ -52,9 +54,8 @@ def matmul_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Parameters that a token is multiplied with (all but a look-up of embeddings), and how many of them train."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     looked_up = embedding.weight if head is None or head.weight is not embedding.weight else None
-    counted = [p for p in model.parameters() if p is not looked_up]
-    sizes = [getattr(p, "ds_numel", p.numel()) for p in counted]  # ZeRO-3 leaves 0 elements in the tensor itself
-    return sum(sizes), sum(size for size, p in zip(sizes, counted, strict=True) if p.requires_grad)
+    counted = [parameter for parameter in model.parameters() if parameter is not looked_up]
+    return sum(map(numel, counted)), sum(numel(parameter) for parameter in counted if parameter.requires_grad)
 
 
 def peak_memory() -> int:
@@ -73,7 +74,6 @@ class Throughput(TrainerCallback):
         model: the policy, its trainable parameters already chosen.
         device_name: the accelerator as torch names it; None: this process's, if it has one.
         clock: seconds, for tests.
-        gather: a list of rows → the rows of all ranks.
     """
 
     def __init__(
@@ -81,14 +81,12 @@ class Throughput(TrainerCallback):
         model: torch.nn.Module,
         device_name: str | None = None,
         clock: Callable[[], float] = time.perf_counter,
-        gather: Callable[[list[Any]], list[Any]] = gather_object,
     ) -> None:
         if device_name is None and torch.cuda.is_available():
             device_name = torch.cuda.get_device_name()
         self.flops_per_token = training_flops(*matmul_parameters(model))
         self.peak_flops = peak_flops(device_name or "")
-        self.clock, self.gather = clock, gather
-        self.mark = clock()
+        self.clock, self.mark = clock, clock()
         self._reset()
 
     def _reset(self) -> None:
@@ -117,7 +115,7 @@ class Throughput(TrainerCallback):
             fraction of `padded_tokens` not computed; `peak_memory_gib` of the rank that needs most; `mfu` as a
             fraction of the peak of all GPUs, where the GPU is known.
         """
-        ranks = self.gather([(self.seconds, self.pairs, self.computed, self.padded, peak_memory())])
+        ranks = gather_object([(self.seconds, self.pairs, self.computed, self.padded, peak_memory())])
         self._reset()
         seconds, pairs, computed, padded, memory = zip(*ranks, strict=True)
         if not max(seconds) or not sum(padded):

@@ -1,26 +1,19 @@
 """TRL's DPOTrainer with the shifted reward margin: one loss override, and the metrics that belong to it."""
 
-import contextlib
-import copy
-import gc
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers import PreTrainedModel, ProgressCallback
 from trl import DPOConfig, DPOTrainer, SFTTrainer
-from trl.models.utils import disable_gradient_checkpointing, prepare_deepspeed
-from trl.trainer.utils import add_fused_lm_head, use_adapter
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head
 
-from core.config.parsing import Resolved
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
-from core.modeling.policy import load_model, open_cache, share_prefixes
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
@@ -29,18 +22,20 @@ from core.modeling.prefix import (
     enable_prefix_sharing,
     pair_logps,
 )
-from core.modeling.reference import ReferenceCache, reference_logps
+from core.modeling.reference import as_reference, reference_logps
+from core.modeling.reference_cache import ReferenceCache
 from core.objective.losses import shifted_margin_loss, target_sign
 from core.objective.margins import link_settings
 from core.objective.presets import Margin
 from core.selection.replay import EpochCallback, ReplaySampler
 from core.training.checkpoints import CompleteCheckpoints
-from core.training.metrics import PairMetrics
+from core.training.metrics import PAIR_STATS, TOKEN_STATS, PairMetrics
 from core.training.records import LogLine, MetricsFile
 from core.training.throughput import Throughput
 from core.training.tripwires import Tripwires, check_first_loss, draws_dropout
 
-TRAINING_COLUMNS = [
+# What a row brings into a micro-batch.
+BATCH_COLUMNS = [
     "row",
     "prompt_ids",
     "chosen_ids",
@@ -96,19 +91,19 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.margin = margin
+        self.link = link_settings(margin, args.beta)
         self.replay = replay
         self.reference_cache = reference_cache
-        self.prefix_sharing = prefix_sharing
-        self.last_rows: torch.Tensor | None = None  # row numbers of the latest micro-batch, for error messages
-        self.evaluated: list[torch.Tensor] = []  # log-ratio gaps of the latest evaluation, one (B, 3) a micro-batch
+        # Of each pair of the latest evaluation: log π(y_w) − log π(y_l) of the reference, of the policy, and m. One
+        # tensor of shape (B, 3) for each micro-batch.
+        self.evaluated: list[torch.Tensor] = []
         collator = PrefixSharedCollator() if prefix_sharing else PaddedCollator(processing_class.pad_token_id)
         if prefix_sharing:
             for network in (model, kwargs.get("ref_model")):
                 if network is not None:
                     enable_prefix_sharing(network)
         # Without a reference there is nothing to load: the precomputed columns are then zeros.
-        precompute = args.precompute_ref_log_probs
-        args.precompute_ref_log_probs = precompute or margin.reference_free
+        args.precompute_ref_log_probs |= margin.reference_free
         # TRL digests all weights, as float32 and on every rank, for a cache of its own that is not used here.
         with patch("trl.trainer.dpo_trainer.hash_module"):
             super().__init__(
@@ -131,7 +126,7 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = TRAINING_COLUMNS
+        self._signature_columns = BATCH_COLUMNS
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -154,75 +149,43 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
             chosen = rejected = np.zeros(len(dataset))
         else:
             chosen, rejected = reference_logps(
+                self.model,
+                self.accelerator,
                 dataset,
                 self.reference_cache,
-                self._reference_pass,
+                self.data_collator,
                 batch_size=batch_size,
-                padded=not self.prefix_sharing,
-                accelerator=self.accelerator,
                 description=f"Reference log-probabilities ({name})",
             )
-            self._end_reference_engine()
         dataset = dataset.add_column("ref_chosen_logps", chosen)
         return dataset.add_column("ref_rejected_logps", rejected)
 
-    def _reference_pass(self, examples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Reference log-probabilities of a list of rows. Shapes: (B,) and (B,)."""
-        if self._precompute_engine is None and self.ref_model is None and self.is_deepspeed_enabled:
-            # The policy is not prepared yet: DeepSpeed's parameters are still on the CPU, or sharded.
-            self._precompute_engine = prepare_deepspeed(self.model, self.accelerator)
-        model = self._precompute_engine or self.ref_model or self.model
-        columns = [{key: example[key] for key in TRAINING_COLUMNS if key in example} for example in examples]
-        batch = self._prepare_inputs(self.data_collator(columns))
-        with self.accelerator.autocast():
-            outputs = self._reference_outputs(model, batch)
-        return outputs.chosen_logps, outputs.rejected_logps
-
-    def _end_reference_engine(self) -> None:
-        """Take ZeRO-3's hooks off again: beside those of training they fail if they have seen but one forward."""
-        engine, self._precompute_engine = self._precompute_engine, None
-        if engine is None:
-            return
-        engine.empty_partition_cache()
-        engine.destroy()
-        for module in engine.module.modules():
-            for name in ("pre_bwd_fn", "post_bwd_fn"):  # they call this engine, and the next one would keep them
-                module.__dict__.pop(name, None)
-
-    def _reference_outputs(self, model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> PairOutputs:
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        # With LoRA the reference is the base model under the adapter.
-        adapter = use_adapter(unwrapped, None) if hasattr(unwrapped, "peft_config") else contextlib.nullcontext()
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-        with torch.no_grad(), checkpointing, adapter:
-            return pair_logps(model, batch, statistics=False)
-
     def _reference_of(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Precomputed, or of a live reference: a model of its own, or the base under the policy's adapter."""
         if "ref_chosen_logps" in batch:
             return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
-        outputs = self._reference_outputs(self.ref_model or self.model, batch)
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with as_reference(self.model):
+                outputs = pair_logps(self.ref_model or self.model, batch, statistics=False)
         return outputs.chosen_logps, outputs.rejected_logps
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         assert not return_outputs, "rewards are logged, not returned: no compute_metrics is passed"
-        self.last_rows = inputs["row"]
         policy = pair_logps(model, inputs)
         ref_chosen_logps, ref_rejected_logps = self._reference_of(inputs)
-
         chosen_logratios = policy.chosen_logps - ref_chosen_logps
         rejected_logratios = policy.rejected_logps - ref_rejected_logps
+        summed_delta = chosen_logratios - rejected_logratios
         if self.margin.length_normalized:
             chosen_logratios = chosen_logratios / policy.chosen_tokens
             rejected_logratios = rejected_logratios / policy.rejected_tokens
-        delta = chosen_logratios - rejected_logratios
-        losses = shifted_margin_loss(delta, inputs["margin"], **link_settings(self.margin, self.beta))
+        losses = shifted_margin_loss(chosen_logratios - rejected_logratios, inputs["margin"], **self.link)
 
         first = self.model.training and self.state.global_step == 0
         if first and not self.margin.reference_free and not draws_dropout(self.model):
-            gap = policy.chosen_logps - ref_chosen_logps - (policy.rejected_logps - ref_rejected_logps)
             tokens = policy.chosen_tokens + policy.rejected_tokens
-            link = link_settings(self.margin, self.beta)
-            check_first_loss(losses.detach(), inputs["margin"], gap.detach(), tokens, link, self._forward_dtype())
+            dtype = self._forward_dtype()
+            check_first_loss(losses.detach(), inputs["margin"], summed_delta.detach(), tokens, self.link, dtype)
         self._record(inputs, policy, chosen_logratios, rejected_logratios, losses)
         return role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
 
@@ -240,70 +203,59 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         losses: torch.Tensor,
     ) -> None:
         delta = chosen_logratios - rejected_logratios
-        stats = torch.stack(
-            [
-                losses,
-                self.beta * chosen_logratios,
-                self.beta * rejected_logratios,
-                self.beta * delta,
-                delta > 0,
-                target_sign(inputs["margin"]) * delta > 0,
-                policy.chosen_logps,
-                policy.rejected_logps,
-            ],
-            dim=1,
-        )
-        tokens = torch.stack(
-            [
-                policy.chosen_tokens,
-                policy.rejected_tokens,
-                policy.chosen_logits,
-                policy.rejected_logits,
-                policy.entropy,
-                policy.chosen_top1,
-            ],
-            dim=1,
-        )
+        of_pairs = {
+            "loss": losses,
+            "rewards/chosen": self.beta * chosen_logratios,
+            "rewards/rejected": self.beta * rejected_logratios,
+            "rewards/margins": self.beta * delta,
+            "accuracy_helpful": delta > 0,
+            "accuracy_target": target_sign(inputs["margin"]) * delta > 0,
+            "logps/chosen": policy.chosen_logps,
+            "logps/rejected": policy.rejected_logps,
+        }
+        stats = torch.stack([of_pairs[name] for name in PAIR_STATS], dim=1)
+        tokens = torch.stack([getattr(policy, name) for name in TOKEN_STATS], dim=1)
         rows = (stats, tokens, inputs["pair_class"], inputs["is_buffer"])
         if self.model.training:
             self.pair_metrics["train"].add(*rows)
-            computed = inputs["input_ids"].numel()
-            lengths = inputs.get("pair_lengths")
-            longest = lengths and max(k + max(n, m) for k, n, m in lengths)
-            self.throughput.count(len(delta), computed, 2 * len(delta) * longest if lengths else computed)
+            self._count_work(inputs)
             return
         # Ranks repeat rows to fill the last batch of an evaluation; gather_for_metrics takes the repeats out.
-        rows = self.accelerator.gather_for_metrics(rows)
-        self.pair_metrics["eval"].add(*rows)
+        self.pair_metrics["eval"].add(*self.accelerator.gather_for_metrics(rows))
         gap = policy.chosen_logps - policy.rejected_logps
-        self.evaluated.append(
-            self.accelerator.gather_for_metrics(torch.stack([gap - delta, gap, inputs["margin"]], dim=1)).cpu()
-        )
+        gaps = torch.stack([gap - delta, gap, inputs["margin"]], dim=1)
+        self.evaluated.append(self.accelerator.gather_for_metrics(gaps).cpu())
+
+    def _count_work(self, inputs: dict[str, Any]) -> None:
+        pairs, computed = len(inputs["margin"]), inputs["input_ids"].numel()
+        padded = computed
+        if "pair_lengths" in inputs:
+            padded = 2 * pairs * max(k + max(n, m) for k, n, m in inputs["pair_lengths"])
+        self.throughput.count(pairs, computed, padded)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.evaluated = []
         return super().evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means over pairs to a record of training, of an evaluation, or of the whole run (its summary)."""
         summary = "train_runtime" in logs  # what ends training; an evaluation may have come before it
         mode = "train" if summary or self.model.training else "eval"
         metrics = self.pair_metrics[mode]
         if not metrics.empty:
-            every_rank_saw_all = mode == "eval"
-            report = metrics.report(
-                (lambda sums: sums) if every_rank_saw_all else self.accelerator.reduce, self.replay.weight
-            )
+            # Of an evaluation every rank has gathered all pairs.
+            report = metrics.report(self.replay.weight, self.accelerator.reduce if mode == "train" else None)
             if summary:
-                logs = logs | report | self.throughput.report()  # of the steps since the last log
+                # A copy: what `train` returns is the time and mean loss of the run, not the steps since the last log.
+                logs = logs | report | self.throughput.report()
             else:
                 loss = report.pop("loss")
-                if mode == "eval":
+                if mode == "train":
+                    logs |= self.throughput.report()
+                else:
                     # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
                     logs["eval_loss"] = loss
-                else:
-                    logs |= self.throughput.report()
-                report = {key: [value] for key, value in report.items()}
-                self._metrics[mode] = self._metrics[mode].__class__(list, report)
+                self._metrics[mode].update({key: [value] for key, value in report.items()})
         super().log(logs, start_time)
 
 
@@ -325,44 +277,6 @@ def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: fl
     """
     task, buffer = (~is_buffer).to(losses.dtype), is_buffer.to(losses.dtype)
     # A micro-batch of one role alone has no mean of the other: its sum is 0 as well.
-    return (losses * task).sum() / task.sum().clamp(min=1) + weight * (losses * buffer).sum() / buffer.sum().clamp(
-        min=1
-    )
-
-
-def reference_gaps(rows: Dataset, resolved: Resolved, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """
-    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) in nats.
-
-    The pass fills the reference cache, so the run that follows computes none of these rows again.
-
-    Args:
-        rows: tokenised rows. N of them.
-
-    Returns:
-        Shape: (N,).
-    """
-    for name, value in {"row": 0, "margin": 0.0, "pair_class": 0, "is_buffer": False}.items():
-        rows = rows.add_column(name, np.full(len(rows), value))
-    args = copy.copy(resolved.training)
-    args.precompute_ref_log_probs = True
-    args.eval_strategy, args.load_best_model_at_end = IntervalStrategy.NO, False  # nothing is evaluated here
-    model = load_model(resolved.model)
-    trainer = ShiftedMarginTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        margin=Margin(),
-        replay=Replay(),
-        prefix_sharing=share_prefixes(resolved.recipe.prefix_sharing, model, args.max_length),
-        reference_cache=open_cache(resolved.recipe.reference_cache, resolved.model, args),
-        processing_class=tokenizer,
-    )
-    scored = trainer.train_dataset
-    # The run builds another trainer: no model is to stay beside its own, and DeepSpeed takes one Accelerator at once.
-    del model, trainer
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    AcceleratorState._reset_state()
-    return np.subtract(scored["ref_chosen_logps"], scored["ref_rejected_logps"])
+    task_mean = (losses * task).sum() / task.sum().clamp(min=1)
+    buffer_mean = (losses * buffer).sum() / buffer.sum().clamp(min=1)
+    return task_mean + weight * buffer_mean

@@ -71,10 +71,9 @@ class Tripwires:
             dist.all_gather_object(everyone, (what, names))
             what = "loss" if any(theirs == "loss" for theirs, _ in everyone) else "gradient"
             names = [name for theirs, names in everyone if theirs == what for name in names]
-        shown = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
         raise RecipeError(
             f"step {self.state.global_step + 1}: the {what} is NaN or infinite"
-            + (f"; rows in the batch: {shown}" if names else "")
+            + (f"; rows in the batch: {_list(names)}" if names else "")
             + "; look at these rows, lower learning_rate, or set bf16 instead of fp16; what is saved is from before"
         )
 
@@ -82,7 +81,8 @@ class Tripwires:
         if rows is None:
             return []
         dataset = self.train_dataset
-        return [str(dataset[int(row)]["row_id"] if "row_id" in dataset.column_names else int(row)) for row in rows]
+        named = "row_id" in dataset.column_names
+        return [str(dataset[row]["row_id"] if named else row) for row in rows.tolist()]
 
 
 class Movement:
@@ -113,20 +113,24 @@ class Movement:
         if self.moving_updates < 2 or not self.pending:
             return
         sums = self._sums(self.pending)
-        still = [name for name, now in zip(self.pending, sums, strict=True) if now == self.before[name]]
-        all_still = len(still) == len(self.before)
-        self.pending = {name: self.pending[name] for name in still}
+        self.pending = {
+            name: weight
+            for (name, weight), now in zip(self.pending.items(), sums, strict=True)
+            if now == self.before[name]
+        }
+        if not self.pending:
+            return
+        none_moved = len(self.pending) == len(self.before)
         due = [
             name
-            for name, smallest in zip(still, self._smallest_steps(self.pending), strict=True)
+            for name, smallest in zip(self.pending, self._smallest_steps(self.pending), strict=True)
             # An expert that no token was sent to has no gradient, and rightly stays.
             if self.learning_rate > smallest and ".experts." not in name
         ]
-        if due and (self.step_is_learning_rate or all_still):
-            shown = ", ".join(due[:SHOWN]) + (", …" if len(due) > SHOWN else "")
+        if due and (self.step_is_learning_rate or none_moved):
             raise RecipeError(
                 f"{len(due)} of {len(self.before)} trained weights have not moved in {self.moving_updates} updates at "
-                f"a learning rate of up to {self.learning_rate:.2g}: {shown}; the optimizer does not hold them, "
+                f"a learning rate of up to {self.learning_rate:.2g}: {_list(due)}; the optimizer does not hold them, "
                 "or the loss does not reach them"
             )
 
@@ -134,8 +138,6 @@ class Movement:
     @torch.no_grad()
     def _sums(weights: dict[str, nn.Parameter]) -> list[int]:
         """A checksum of each weight's bits, over all ranks where they share it out (ZeRO-3)."""
-        if not weights:
-            return []
         kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         parts = [_own_part(weight) for weight in weights.values()]
         sums = torch.stack([part.view(kinds[part.element_size()]).sum(dtype=torch.int64) for part in parts])
@@ -147,8 +149,6 @@ class Movement:
     @torch.no_grad()
     def _smallest_steps(weights: dict[str, nn.Parameter]) -> list[float]:
         """The step that would show in one of twenty of a weight's elements, given its size and number format."""
-        if not weights:
-            return []
         smallest = []
         for weight in weights.values():
             part = _own_part(weight).flatten()
@@ -203,6 +203,10 @@ def draws_dropout(model: nn.Module) -> bool:
         isinstance(module, nn.Dropout) and module.p > 0 or getattr(module, "attention_dropout", 0) > 0
         for module in model.modules()
     )
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def _is_split(weights: dict[str, nn.Parameter]) -> bool:
