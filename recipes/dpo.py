@@ -29,7 +29,7 @@ def main() -> None:
     from core.reporting.results import finish, show_selection
     from core.runtime.ranks import agree, rank
     from core.runtime.watch import Watch
-    from core.selection.buffer import refuse_overlap
+    from core.selection.buffer import PER_TOKEN, refuse_overlap
     from core.selection.pairs import prepare_pairs
     from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
     from core.training.stopping import StopOnSignal
@@ -41,7 +41,7 @@ def main() -> None:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
     # ---------------------------------------------------------------- rows: load, tokenise, select, give margins
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
     held_out = None
     if recipe.eval_datasets:
         held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)
@@ -52,6 +52,7 @@ def main() -> None:
         prefix_sharing=recipe.prefix_sharing,
         cache_folder=recipe.reference_cache,
         pad_token_id=tokenizer.pad_token_id,
+        per_token=recipe.selection.score is not None and recipe.selection.score.signal == PER_TOKEN,
     )
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:

@@ -29,7 +29,7 @@ def main() -> None:
     from core.selection.pairs import prepare_pairs
     from core.training.trainer import ShiftedMarginTrainer
 
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
     model = load_model(resolved.model)
 

@@ -18,8 +18,9 @@ def main() -> None:
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
+    from core.data.chat_template import template_errors
     from core.data.preferences import load_conversations
-    from core.data.tokens import ids_digest, lead_with, load_tokenizer, template_errors
+    from core.data.tokens import ids_digest, lead_with, load_tokenizer
     from core.modeling.parameters import lora_config, select_parameters
     from core.modeling.policy import load_model, verify_saved
     from core.planning.disk import check_room
@@ -34,7 +35,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
 
     def conversations(entries):
         return lead_with(recipe.system_message, load_conversations(entries, args.seed, args.dataset_num_proc))

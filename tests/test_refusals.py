@@ -86,7 +86,10 @@ CASES = {
     ),
     "torn weights": ("", "--model_name_or_path={folder}/torn weights", "cannot be loaded: .*; mend that folder"),
     "null answer": ("", "--datasets.0.path={folder}/null.jsonl", "`rejected` is null: row 8"),
-    "empty answer": ("", "--datasets.0.path={folder}/empty.jsonl", "empty.jsonl:8; mend them"),
+    "empty answer": (
+        "", "--datasets.0.path={folder}/empty.jsonl|--selection.hygiene.empty=error",
+        "empty.jsonl:8; mend them",
+    ),
     "nothing left": (
         "", "--datasets.0.path={folder}/twins.jsonl",
         "leaves no row of 8; dropped: 8 by hygiene.identical",

@@ -145,7 +145,7 @@ def prepare_workload(resolved: Run, updates: int) -> Workload:
         entries = [_made(entry, Path(folder), 2 * needed, args.seed) for entry in recipe.datasets]
         if shape is None:
             build_model = partial(load_model, model)
-            tokenizer = load_tokenizer(model, recipe.chat_template_path, recipe.pad_token)
+            tokenizer = load_tokenizer(model, recipe)
         else:
             build_model = partial(random_model, shape, getattr(torch, dtype), args.seed)
             texts, _ = load_preferences(entries, args.seed)

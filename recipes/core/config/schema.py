@@ -97,30 +97,49 @@ class DatasetEntry:
 
 @dataclass
 class Hygiene:
-    """Rows that no run should train on. `keep` (or null) turns a rule off."""
+    """
+    Rows that no run should train on: by default those without a signal, or with a false one. `keep` (or null) turns a
+    rule off; what a rule that is off would drop is said by check and audit. Lengths are in tokens, an answer's with
+    what the template ends it with.
+    """
 
-    empty: Action = key("error", "an empty prompt or answer", "drop")
+    empty: Action = key("drop", "an empty prompt or answer", "error")
     identical: Action = key("drop", "chosen = rejected", "error")
     identical_tokens: Action = key(
         "drop", "answers that differ as texts, but not in the tokens that max_length leaves", "keep"
     )
-    max_similarity: Fraction | None = key(0.9, "of the two answers (rapidfuzz's normalised Indel similarity)", "0.95")
-    min_characters: Count | None = key(10, "of the shorter answer", "1")
-    max_length_ratio: Annotated[float, Field(ge=1)] | None = key(
-        3.0, "of the longer answer to the shorter, in characters", "5"
-    )
     duplicates: Action = key("drop", "the same prompt and answers but for case; the first row stays", "keep")
     contradictions: Action = key("drop", "the same pair labelled both ways; all of them go", "error")
-    ties: Action = key("drop", "equal scores, or a preference of 0", "keep")
+    ties: Action = key("drop", "a preference of 0, or equal scores of answers that nothing else puts in order", "keep")
+    unrenderable: Literal["drop", "error"] = key(
+        "error", "the chat template refuses the conversation, or leaves no answer to a prompt", "drop"
+    )
     min_answer_tokens: Count | None = key(16, "room that the prompt must leave under max_length", "64")
-    eval_ngram: Count | None = key(13, "this many words in a row shared with an evaluation prompt", "null")
+    eval_ngram: Count | None = key(
+        13,
+        "this many words in a row (letters, where words are not spaced) shared with an evaluation prompt",
+        "null",
+    )
+    min_tokens: Count | None = key(None, "of the shorter answer", "5")
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = key(None, "of the longer answer to the shorter", "3")
+    max_similarity: Fraction | None = key(
+        None, "of the two answers' tokens (rapidfuzz's normalised Indel similarity)", "0.9"
+    )
 
 
 @dataclass
 class Score:
-    """Which rows of a ranked set stay."""
+    """
+    Which rows of a ranked set stay. A score's gap tells clear pairs from doubtful ones as well as the scores do. The
+    reference's gap is a sum over tokens and so ranks mostly by which answer is longer; per token it does not. A ratio
+    of lengths says nothing of which answer is better.
+    """
 
-    signal: str = key(..., "score_gap, severity_gap, length_ratio, reference_gap, or a column of extra", "score_gap")
+    signal: str = key(
+        ...,
+        "score_gap, severity_gap, length_ratio, reference_gap, reference_gap_per_token, or a column of extra",
+        "score_gap",
+    )
     keep: Fraction | None = key(None, "this part of the rows", "0.5")
     band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = key(
         None, "instead: those between two quantiles", "[0.25, 0.75]"
@@ -175,6 +194,9 @@ class PreferenceRecipe:
     )
     prefix_sharing: bool = key(True, "compute a pair's prompt once for both answers", "false")
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    chat_template_kwargs: dict[str, Any] = key(
+        dict, "variables that the template reads, written into it as defaults", "{enable_thinking: false}"
+    )
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
     pairs_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
@@ -194,6 +216,9 @@ class SFTRecipe:
         None, "patterns of the weights to train; null: all; with LoRA its target modules", "down_proj"
     )
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    chat_template_kwargs: dict[str, Any] = key(
+        dict, "variables that the template reads, written into it as defaults", "{enable_thinking: false}"
+    )
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
     conversations_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")

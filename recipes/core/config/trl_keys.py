@@ -156,6 +156,7 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "max_prompt_length": "max_length (the prompt's room is selection.hygiene.min_answer_tokens)",
+    "selection.hygiene.min_characters": "selection.hygiene.min_tokens (tokens of the shorter answer; off by default)",
     "overwrite_output_dir": "resume_from_checkpoint, or another output_dir",
     "attn": "attn_implementation",
     "packing": "prefix_sharing",

@@ -86,7 +86,9 @@ def read_pair(row: Row) -> dict:
         sides = names or [getattr(columns, key) for key in keys]
         pair = [READERS[both](row, side) if isinstance(side, str) else side for side in sides]
         values |= zip(keys, _in_order(pair, swap) if names else pair, strict=True)
-    values["tie"] = tie or (values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"])
+    if columns.better is None and columns.preference is None:  # else these put the answers in order, not their scores
+        tie = values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"]
+    values["tie"] = tie
     values["category"] = row.category()
     return values | {name: row.score(name) for name in columns.extra}
 

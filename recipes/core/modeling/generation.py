@@ -65,6 +65,9 @@ def generate(
 ) -> list[str]:
     """The model's answer to each conversation, greedy unless `sampling` says otherwise, in their order."""
     answers: list[str] = [""] * len(conversations)
+    # A template may end a turn with a token of its own; the model's generation_config then names it.
+    stops = model.generation_config.eos_token_id or []
+    stops = sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])})
     texts = [
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations
     ]
@@ -80,7 +83,7 @@ def generate(
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
             **({"do_sample": False} | sampling),
         )
         for index, answer in zip(batch, ids[:, inputs["input_ids"].shape[1] :], strict=True):

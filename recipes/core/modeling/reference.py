@@ -85,9 +85,11 @@ def reference_gaps(
     prefix_sharing: bool,
     cache_folder: str | None,
     pad_token_id: int,
+    per_token: bool = False,
 ) -> np.ndarray:
     """
-    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) of tokenised rows in nats.
+    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) of tokenised rows in nats; `per_token`
+    divides each by its answer's tokens first (`reference_gap_per_token`).
 
     The pass fills the reference cache, so the run that follows computes none of these rows again.
 
@@ -126,6 +128,11 @@ def reference_gaps(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     AcceleratorState._reset_state()
+    if per_token:
+        chosen, rejected = (
+            logps / np.maximum([len(ids) for ids in rows[f"{answer}_ids"]], 1)
+            for logps, answer in ((chosen, "chosen"), (rejected, "rejected"))
+        )
     return chosen - rejected
 
 

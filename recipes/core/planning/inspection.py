@@ -19,7 +19,7 @@ from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
 from core.runtime.errors import RecipeError
 from core.runtime.network import hub_is_off, hub_is_reachable
-from core.selection.buffer import refuse_overlap
+from core.selection.buffer import REFERENCE_GAPS, refuse_overlap
 from core.selection.pairs import Pairs, prepare_pairs
 from core.training.session import check_models
 from core.training.tracking import why_wandb_is_offline
@@ -56,7 +56,7 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
-    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe)
     if config is not None and tokenizer is not None and len(tokenizer) > config.get_text_config().vocab_size:
         findings.fault(
             f"model {path}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}; an id beyond "
@@ -71,9 +71,9 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
 def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
     """Select the rows as the run would, and show them; None where no task row can be read."""
     recipe, args = resolved.recipe, resolved.training
-    if recipe.selection.score is not None and recipe.selection.score.signal == "reference_gap":
+    if recipe.selection.score is not None and recipe.selection.score.signal in REFERENCE_GAPS:
         recipe.selection.score = None
-        findings.note("selection.score by reference_gap needs the weights: the rows below are before it")
+        findings.note("selection.score by the reference's gap needs the weights: the rows below are before it")
 
     def load(entry: DatasetEntry) -> Any:
         return load_preferences([entry], args.seed, args.dataset_num_proc)
