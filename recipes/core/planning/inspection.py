@@ -130,6 +130,7 @@ def _show_pairs(train: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
         print(f"\nThe first pair of {source} as the model sees it ({row['row_id']}, margin {row['margin']:g})")
         for part in ("prompt", "chosen", "rejected"):
             _show_text(part, tokenizer.decode(row[f"{part}_ids"]))
+        _show_ends(tokenizer, row["prompt_ids"] + row["chosen_ids"])
 
 
 def _show_text(part: str, text: str) -> None:
@@ -137,6 +138,12 @@ def _show_text(part: str, text: str) -> None:
     lines = text[:SHOWN_CHARACTERS].splitlines() or [""]
     for line in lines + ([f"… and {rest:,} characters more"] if rest > 0 else []):
         print(f"  {part:8} | {line}")
+
+
+def _show_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """The first and the last tokens of a conversation by their names."""
+    first, last = (" ".join(tokenizer.convert_ids_to_tokens(part)) for part in (ids[:3], ids[-3:]))
+    _show_text("tokens", f"{first} … {last}")
 
 
 def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
@@ -189,6 +196,7 @@ def _show_conversations(
         findings.note(f"{path}: the template renders a conversation otherwise than its prompt alone")
     _show_text("prompt", tokenizer.decode(tokens[0][: len(prompt)]))
     _show_text("answer", tokenizer.decode(tokens[0][len(prompt) :]))
+    _show_ends(tokenizer, tokens[0])
     lengths = np.array([len(ids) for ids in tokens])
     if max_length is not None:
         cut = (lengths > max_length).mean()
