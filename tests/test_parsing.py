@@ -83,6 +83,10 @@ UNKNOWN_KEYS = [
     ("--lr 1", "did you mean learning_rate?"),
     ("--dataset_name x", "did you mean datasets"),
     ("--warmup_ratio 0.1", "did you mean warmup_steps"),
+    (
+        "--selection.hygiene.min_characters 10",
+        "selection.hygiene.min_characters: unknown key; did you mean selection.hygiene.min_tokens (tokens of the",
+    ),
     ("--generate_during_eval true", "generate_during_eval: unknown key"),
     ("--conversations_per_update 3", "conversations_per_update: unknown key"),
     ("--shuffle_dataset true", "it is a key of recipes/sft.py"),

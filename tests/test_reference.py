@@ -439,3 +439,7 @@ def test_gaps_of_a_selection_are_the_models_and_are_kept_for_the_run(model_folde
     compute = OneByOne()
     assert (run(rows, open_cache(cached["cache_folder"], settings, args), compute) @ [1, -1] == gaps).all()
     assert compute.asked == []
+    lengths = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    assert (lengths[:, 0] != lengths[:, 1]).any()
+    by_token = reference_gaps(Dataset.from_list(rows), settings, args, **cached, per_token=True)
+    np.testing.assert_allclose(by_token, (expected(rows) / lengths) @ [1, -1], rtol=1e-4, atol=1e-4)

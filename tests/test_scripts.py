@@ -194,10 +194,15 @@ def test_a_run_can_start_from_an_adapter(folder):
 
 
 def test_rows_are_chosen_by_the_references_gap(folder):
-    score = "--selection.score={signal: reference_gap, keep: 0.5, direction: hard}"
-    script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/gap")
-    counts = json.loads((folder / "gap" / "selection.json").read_text())["counts"]
-    assert counts["left"]["score"] == counts["left"]["labels"] // 2
+    """Whole, or of each token: other rows stay."""
+    kept = set()
+    for signal in ("reference_gap", "reference_gap_per_token"):
+        score = f"--selection.score={{signal: {signal}, keep: 0.5, direction: hard}}"
+        script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/{signal}")
+        selection = json.loads((folder / signal / "selection.json").read_text())
+        assert selection["counts"]["left"]["score"] == selection["counts"]["left"]["labels"] // 2
+        kept.add(selection["digest"])
+    assert len(kept) == 2
 
 
 def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
