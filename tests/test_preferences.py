@@ -797,6 +797,22 @@ def test_the_safer_answer_by_its_column(labels, tmp_path):
     assert learn(tmp_path, rows, columns=columns, answer="safer") == wanted
 
 
+def test_equal_scores_are_a_tie_where_nothing_else_puts_the_answers_in_order(tmp_path):
+    rows = [
+        {"p": "a?", "r": "yes", "s": "no", "b": 0, "v": -2, "x": 7, "y": 7},
+        {"p": "b?", "r": "yes", "s": "no", "b": 1, "v": 0, "x": 7, "y": 7},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = {"prompt": "p", "responses": ["r", "s"], "scores": ["x", "y"]}
+    for columns, ties in (
+        (Columns(prompt="p", chosen="r", rejected="s", score_chosen="x", score_rejected="y"), [True, True]),
+        (Columns(**both, better="b"), [False, False]),
+        (Columns(**both, preference="v"), [False, True]),
+    ):
+        found, _ = load_preferences([DatasetEntry(path=str(tmp_path / "rows.jsonl"), columns=columns)], 0)
+        assert found["tie"][:] == ties
+
+
 def test_the_safer_answer_by_labels_and_severities(tmp_path):
     """Label first, then severity; equal in both: the better one stays."""
     columns = Columns(**{**vars(PKU_OLD), "severity": ["response_0_severity_level", "response_1_severity_level"]})
