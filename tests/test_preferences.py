@@ -561,14 +561,13 @@ BAD_ROWS = {
          dict.fromkeys(PAIR, "Note.\n\nHuman: q\n\nAssistant: a")], HH,
         "`chosen` does not begin with a marker of columns.turns: row 1",
     ),
-    "better of 2": ([TWO, {**TWO, "n": 2}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "better of null": ([TWO, {**TWO, "n": None}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "preference of null": ([TWO, {**TWO, "n": None}], two(preference="n"), "`n` is not a finite number: row 1"),
-    "severity of 4": ([TWO, {**TWO, "s": 4}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
-    "severity of 1.5": ([TWO, {**TWO, "s": 1.5}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
-    "safety label of 2": ([TWO, {**TWO, "s": 2}], two(better="n", safe=["s", "n"]), "`s` is none of 0, 1: row 1"),
+    "better that values call unknown": (
+        [TWO, {**TWO, "n": 2}], two(better="n", values={"n": {"0": 0, "2": None}}), "`n` is neither 0 nor 1: row 1",
+    ),
     "several faults, of which the first is told": (
-        [TWO, {**TWO, "a": None, "n": 2, "s": 4}], SEVERE, "`a` is null: row 1",
+        [TWO, {**TWO, "a": None, "n": None, "s": None}], SEVERE, "`a` is null: row 1",
     ),
     "text among flags": (
         [{**PLAIN, "f": {"A": None}}, {**PLAIN, "f": {"A": "text"}}], Columns(prompt="prompt", **PAIR, category="f"),
@@ -600,6 +599,128 @@ def test_bad_row(name, tmp_path):
     assert bad[0]["source"] == "f.jsonl"
     assert bad[0]["row_id"] == ("f.jsonl:null" if name == "null id" else "f.jsonl:1")
     assert f"{bad[0]['reason']}: row 1" in str(error.value)
+
+
+ARENA = ["model_a", "model_b", "tie", "winner_tie", "both_bad"]
+TO_PASTE = 'e.g. values: {"n": {"model_a": 0, "model_b": 1, "tie": "tie", "winner_tie": "tie", "both_bad": "tie"}}'
+LABELS = two(better="s", safe=["n", "n"])
+# name: (values of the column `n`, mapping, the end of the message)
+CODES = {
+    "1 and 2": ([1, 2], two(better="n"), 'e.g. values: {"n": {"1": 0, "2": 1}}'),
+    "1 and 2 as text": (["1", "2"], two(better="n"), 'e.g. values: {"n": {"1": 0, "2": 1}}'),
+    "columns by their names": (["a", "b"], two(better="n"), 'e.g. values: {"n": {"a": 0, "b": 1}}'),
+    "names with numbers": (["response_0", "response_1"], two(better="n"), '{"response_0": 0, "response_1": 1}}'),
+    "an arena's": (ARENA, two(better="n"), TO_PASTE),
+    "0 and 2": ([0, 2], two(better="n"), '{"n": {"0": "?", "2": "?"}}, with a meaning for each ?'),
+    "booleans beside numbers": ([True, 0, 1], two(better="n"), '{"n": {"true": 1, "0": 0, "1": 1}}'),
+    "safe and unsafe": (["Safe", "unsafe"], LABELS, 'e.g. values: {"n": {"safe": true, "unsafe": false}}'),
+    "labels of 2": ([1, 2], LABELS, '{"n": {"1": "?", "2": "?"}}, with a meaning for each ?'),
+    "severities of 4": ([1, 4], two(better="s", severity=["n", "n"]), '"4": "?"}}, with a meaning for each ?'),
+    "severities of 1.5": ([1, 1.5], two(better="s", severity=["n", "n"]), '"1.5": "?"}}, with a meaning for each ?'),
+    "severities in words": (["None", "Severe"], two(better="s", severity=["n", "n"]), '{"none": 0, "severe": 3}}'),
+    "words for a preference": (["A", "B"], two(preference="n"), '{"a": "?", "b": "?"}}, with a meaning for each ?'),
+    "a preference on one side": ([1, 2], two(preference="n"), '{"1": "?", "2": "?"}}, with a number for each ?'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_code_of_its_own_is_no_bad_row(name, tmp_path):
+    """Whatever `bad_rows` says, it is refused over the whole column, with the line that would say what it means."""
+    values, columns, end = CODES[name]
+    path = write(tmp_path / "f.jsonl", [{**TWO, "n": value} for value in values])
+    for bad_rows in ("error", "drop"):
+        with pytest.raises(RecipeError, match="columns.* names 'n', wh") as error:
+            load_preferences([DatasetEntry(path, bad_rows=bad_rows, columns=columns)], seed=0)
+        assert str(error.value).endswith(end)
+        assert "\n" not in str(error.value)
+
+
+# name: (values of the column `n`, mapping, what the rows then hold under the key)
+MEANINGS = {
+    "1 and 2": ([1, 2], two(better="n", values={"n": {"1": 0, "2": 1}}), "chosen", ["A", "B"]),
+    "0 and 1 as text": (["0", "1"], two(better="n"), "chosen", ["A", "B"]),
+    "an arena's winner": (
+        ARENA, two(better="n", values={"n": dict(zip(ARENA, [0, 1, "tie", "tie", "tie"], strict=True))}),
+        "chosen", ["A", "B", "A", "A", "A"],
+    ),
+    "an arena's ties": (
+        ARENA, two(better="n", values={"n": dict(zip(ARENA, [0, 1, "tie", "tie", "tie"], strict=True))}),
+        "tie", [False, False, True, True, True],
+    ),
+    "true and false as text": (["True", "false"], LABELS, "chosen_safe", [True, False]),
+    "safe, unsafe and what is neither": (
+        ["Safe", " unsafe", "disputed", "", None],
+        two(better="s", safe=["n", "n"], values={"n": {"safe": True, "unsafe": False, "disputed": None}}),
+        "chosen_safe", [True, False, None, None, None],
+    ),
+    "severities as text": (["2", "0"], two(better="s", severity=["n", "n"]), "chosen_severity", [2, 0]),
+    "scores as text": (["7.5", "-1e1"], two(better="s", scores=["n", "n"]), "score_chosen", [7.5, -10.0]),
+    "a preference in words": (
+        ["A", "B", "C"], two(preference="n", values={"n": {"A": -1, "B": 1, "c": 0}}), "chosen", ["A", "B", "A"],
+    ),
+    "one column as two codes": (
+        [1, 0], two(better="n", safe=["n", "n"], values={}), "chosen_safe", [True, False],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_what_a_code_means(name, tmp_path):
+    values, columns, key, expected = MEANINGS[name]
+    path = write(tmp_path / "f.jsonl", [{**TWO, "n": value} for value in values])
+    rows, bad = load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    assert (rows[key][:], bad) == (expected, [])
+
+
+def test_class_labels_count_by_their_names(tmp_path):
+    """Stored as 0 and 1 in the order of their names, which a reader of numbers would take for false and true."""
+    features = datasets.Features(
+        dict.fromkeys(("prompt", "a", "b"), datasets.Value("string"))
+        | {"n": datasets.ClassLabel(names=["safe", "unsafe"]), "s": datasets.Value("int64")}
+    )
+    rows = datasets.Dataset.from_list([{**TWO, "n": 0}, {**TWO, "n": 1}], features=features)
+    rows.to_parquet(tmp_path / "f.parquet")
+    entry = DatasetEntry(str(tmp_path / "f.parquet"), columns=LABELS)
+    with pytest.raises(RecipeError, match='"safe", "unsafe".*values: {"n": {"safe": true, "unsafe": false}}'):
+        load_preferences([entry], seed=0)
+    entry.columns = two(better="s", safe=["n", "n"], values={"n": {"safe": True, "unsafe": False}})
+    assert load_preferences([entry], seed=0)[0]["chosen_safe"][:] == [True, False]
+
+
+def test_values_of_a_recipe(tmp_path):
+    """The line that a message says to paste, in a recipe's YAML: numbers are read as what the rows hold."""
+    rows = [{**TWO, "n": "model_b", "s": "low"}, {**TWO, "n": "tie", "s": "none"}]
+    (tmp_path / "r.yaml").write_text(
+        f"""
+model_name_or_path: m
+output_dir: o
+datasets:
+  - path: {write(tmp_path / "f.jsonl", rows)}
+    columns:
+      prompt: prompt
+      responses: [a, b]
+      better: n
+      severity: [s, s]
+      values: {{"n": {{"model_b": 1, "tie": "tie"}}, s: {{none: 0, low: 1}}}}
+"""
+    )
+    [entry] = resolve("dpo", ["--config", str(tmp_path / "r.yaml")]).recipe.datasets
+    [first, second] = load_preferences([entry], seed=0)[0]
+    assert (first["chosen"], first["tie"], first["chosen_severity"]) == ("B", False, 1)
+    assert (second["chosen"], second["tie"], second["chosen_severity"]) == ("A", True, 0)
+
+
+def test_values_that_say_nothing_of_use(tmp_path):
+    path = write(tmp_path / "f.jsonl", [TWO, {**TWO, "n": 1}])
+    for values, message in (
+        ({"n": {"0": 0}}, 'columns.values.n does not say what "1" means .*; add it'),
+        ({"n": {"0": 0, "1": 2}}, "columns.values.n.1: 2 is no meaning here .0: the first answer"),
+        ({"n": {"0": 0, "1": 1, "A": 0, "a ": 1}}, "columns.values.n: 'a ' is there twice"),
+        ({"m": {"0": 0}}, "columns.values names 'm', which no key of `columns` reads as a code"),
+        ({"prompt": {"q": 0}}, "columns.values names 'prompt', which no key of `columns` reads as a code; remove it"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_preferences([DatasetEntry(path, columns=two(better="n", values=values))], seed=0)
 
 
 def test_many_bad_rows_are_counted(tmp_path):

@@ -15,6 +15,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Two = Annotated[list[str], Field(min_length=2, max_length=2)]  # one column for each of a pair's two answers
 Severity = Annotated[int, Field(ge=0, le=3)]
+TIE = "tie"  # what a value of `columns.better` may mean in `columns.values`, beside 0 and 1
 
 
 def _one_or_more(given: Any) -> Any:
@@ -57,6 +58,12 @@ class Columns:
     better: str | None = key(None, "with responses: 0 or 1, the better one", "better_response_id")
     preference: str | None = key(None, "with responses: a number; below 0 the first is better", "overall_preference")
     safer: str | None = key(None, "with responses: 0 or 1, for sft.py's `answer: safer`", "safer_response_id")
+    values: dict[str, dict[str, bool | float | str | None]] = key(
+        dict,
+        "by column: what its values mean, where they are not 0 and 1, true and false, or numbers; tie: neither is "
+        "better; null: not known",
+        "{winner: {model_a: 0, model_b: 1, both_bad: tie}}",
+    )
     chosen_safe: str | bool | None = key(None, "whether the chosen answer is safe", "true")
     rejected_safe: str | bool | None = key(None, "whether the rejected answer is safe", "true")
     safe: Two | None = key(None, "with responses: the same of each", "[is_response_0_safe, is_response_1_safe]")

@@ -12,7 +12,7 @@ import pyarrow as pa
 from datasets import Features
 
 from core.config.entries import PAIRED
-from core.config.schema import Columns, Messages, Turns
+from core.config.schema import TIE, Columns, Messages, Turns
 from core.data.columns import MESSAGES, TEXT, BadRow, Found, Row
 
 ROLES = ("system", "user", "assistant")
@@ -57,8 +57,8 @@ def map_batch(
 
 # How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
 READERS = {
-    "safe": lambda row, name: row.label(name, (False, True)),
-    "severity": lambda row, name: row.label(name, (0, 1, 2, 3)),
+    "safe": lambda row, name: row.code(name, "safe"),
+    "severity": lambda row, name: row.code(name, "severity"),
     "scores": Row.score,
 }
 
@@ -74,7 +74,8 @@ def read_pair(row: Row) -> dict:
 
     swap = tie = False
     if columns.better is not None:
-        swap = row.choice(columns.better)
+        choice = row.choice(columns.better)
+        swap, tie = choice == 1, choice == TIE
     elif columns.preference is not None:
         preference = row.score(columns.preference)
         swap, tie = preference > 0, preference == 0

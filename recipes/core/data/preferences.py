@@ -43,7 +43,7 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = code_digest("data/preferences", "data/mapping", "data/columns", "config/entries")
+CODE = code_digest("data/preferences", "data/mapping", "data/columns", "data/codings", "config/entries")
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:
