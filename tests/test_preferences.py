@@ -37,11 +37,11 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def user(text: str) -> dict:
+def user(text: str | list | dict) -> dict:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str | None) -> dict:
+def assistant(text: str | list | dict | None) -> dict:
     return {"role": "assistant", "content": text}
 
 
@@ -320,6 +320,62 @@ def test_mapping(name, tmp_path):
     assert rows.to_list() == [wanted | extra for wanted, extra in zip(expected, names, strict=True)]
 
 
+TEXT_PARTS = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+
+
+@pytest.mark.parametrize("where", ["in every row", "in the second"])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(TEXT_PARTS, "two parts"), (["Hi"], "Hi"), ({"text": "Hi"}, "Hi")],
+    ids=["parts", "list", "dict"],
+)
+def test_content_as_parts(content, text, where, tmp_path):
+    """Pairs and conversations alike; Arrow stores them otherwise where some rows hold plain text."""
+    talk, plain = [user(content), assistant(content)], [user("q"), assistant("a")]
+    rows = [{"chosen": talk, "rejected": [user(content), assistant(["no"])]}]
+    told = [row(prompt=[user(text)], chosen=text, rejected="no")]
+    if where == "in the second":
+        rows.insert(0, {"chosen": plain, "rejected": [user("q"), assistant("b")]})
+        told.insert(0, row(prompt=[user("q")], chosen="a", rejected="b"))
+    elif isinstance(content, dict):
+        rows[0]["rejected"][1] = assistant({"text": "no"})
+    path = write(tmp_path / "f.jsonl", rows)
+    loaded, bad = load_preferences([DatasetEntry(path, columns=Columns(**PAIR))], seed=0)
+    assert bad == []
+    names = [{"source": "f.jsonl", "row_id": f"f.jsonl:{n}"} for n in range(len(told))]
+    assert loaded.to_list() == [wanted | extra for wanted, extra in zip(told, names, strict=True)]
+    learned = load_conversations([DatasetEntry(path, columns=Columns(conversation="chosen"))], seed=0)
+    assert learned["messages"][-1] == [user(text), assistant(text)]
+
+
+def test_what_a_template_would_read_is_left_out_on_purpose_alone(tmp_path):
+    """Of messages and of rows: refused by name, where it says something; `leave_out` lets it go."""
+    talk = {side: [user("q"), assistant(side) | {"reasoning_content": "r"}] for side in PAIR}
+    path = write(tmp_path / "f.jsonl", [{**talk, "tools": [{"name": "t"}], "system": ""}, {**talk, "tools": []}])
+    columns = Columns(**PAIR)
+    with pytest.raises(RecipeError, match=r"1 rows have something in the column 'tools', .*leave_out: \[tools\]"):
+        load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    columns.leave_out = ["tools"]
+    with pytest.raises(RecipeError, match="2 of 2 rows .*`reasoning_content`"):
+        load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    columns.leave_out = ["tools", "reasoning_content"]
+    rows, _ = load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    assert rows["chosen"][:] == ["chosen", "chosen"]
+
+
+def test_a_column_of_system_messages(tmp_path):
+    """It leads the prompt where it says something; unnamed it is refused, for the model would not see it."""
+    given = [{"system": "Be brief.", **PLAIN}, {"system": "", **PLAIN}, {"system": None, **PLAIN}]
+    path, led = write(tmp_path / "f.jsonl", given), [{"role": "system", "content": "Be brief."}, user("q")]
+    with pytest.raises(RecipeError, match="1 rows have something in the column 'system', .*columns.system"):
+        load_preferences([DatasetEntry(path, columns=TEXT)], seed=0)
+    rows, _ = load_preferences([DatasetEntry(path, columns=Columns(prompt="prompt", system="system", **PAIR))], seed=0)
+    assert rows["prompt"][:] == [led, [user("q")], [user("q")]]
+    talks = [{"system": "Be brief.", "talk": [user("q"), assistant("a")]}]
+    columns = Columns(conversation="talk", system="system")
+    assert learn(tmp_path, talks, columns=columns) == [[*led, assistant("a")]]
+
+
 def test_ids_source_and_extra_columns(tmp_path):
     """An id column names the rows, and a numeric column stays by its name, null where an entry doesn't name it."""
     path = write(tmp_path / "f.jsonl", [{**GOOD, "id": "a", "length": 3}, {**GOOD, "id": "b", "length": 4}])
@@ -518,9 +574,27 @@ BAD_ROWS = {
         [GOOD, {**GOOD, "rejected": [user("q"), assistant(None)]}], CHAT,
         "`rejected` has a message without text: row 1",
     ),
-    "text that is a list of parts": (
-        [GOOD, {**GOOD, "chosen": [user("q"), {"role": "assistant", "content": [{"text": "x"}]}]}], CHAT,
-        "`chosen` has a message without text: row 1",
+    "an image among the parts of a message": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant([{"type": "image", "image": "x.png"}, {"text": "x"}])]}], CHAT,
+        "`chosen` has a message with a part of the type 'image', .*leave_out: .image.*: row 1",
+    ),
+    "an image in a part of text": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant([{"text": "x", "image_url": "y"}])]}], CHAT,
+        "`chosen` has a part of a message with `image_url`, .*: row 1",
+    ),
+    "no part": ([GOOD, {**GOOD, "chosen": [user("q"), assistant([])]}], CHAT, "`chosen` has a message without text"),
+    "reasoning": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant("good") | {"reasoning_content": "why"}]}], CHAT,
+        "`chosen` has a message with `reasoning_content`, .*columns.leave_out: .reasoning_content.*: row 1",
+    ),
+    "a call of a tool beside text": (
+        [GOOD, {**GOOD, "rejected": [user("q"), assistant("bad") | {"tool_calls": [{"id": "1"}]}]}], CHAT,
+        "`rejected` has a message with `tool_calls`, .*: row 1",
+    ),
+    "two system messages": (
+        [{"sys": "s", **GOOD},
+         {"sys": "s", **{side: [{"role": "system", "content": "t"}, *GOOD[side]] for side in PAIR}}],
+        Columns(**PAIR, system="sys"), "`sys` is not the system message that the prompt begins with: row 1",
     ),
     "empty list": ([GOOD, {**GOOD, "chosen": []}], CHAT, "`chosen` holds no message: row 1"),
     "string rows after conversational ones": (
@@ -735,8 +809,8 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 
 def test_a_source_of_bad_rows_alone_is_refused(tmp_path):
-    """Also where every content is a list of parts, which Arrow would store as such."""
-    parts = [user("q"), {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+    """Also where every content is a list of parts, which Arrow stores as such."""
+    parts = [user("q"), assistant([{"type": "image", "image": "x.png"}])]
     for columns, bad_row in ((TEXT, {**PLAIN, "chosen": None}), (CHAT, dict.fromkeys(PAIR, parts))):
         entry = DatasetEntry(write(tmp_path / "f.jsonl", [bad_row]), columns=columns, bad_rows="drop")
         with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):

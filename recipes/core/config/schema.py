@@ -52,6 +52,7 @@ class Columns:
     """
 
     prompt: str | None = key(None, "a string or a list of messages; null: what chosen and rejected share", "prompt")
+    system: str | None = key(None, "a string that leads the prompt as its system message; may be empty", "system")
     chosen: str | None = key(None, "a string, a message, or a list of messages that ends in the answer", "chosen")
     rejected: str | None = key(None, "the same of the other answer", "rejected")
     responses: Two | None = key(None, "instead: two answers in no order of merit", "[response_0, response_1]")
@@ -77,6 +78,11 @@ class Columns:
     row_id: str | None = key(None, "what the audit calls the row; null: its number in the source", "id")
     conversation: str | None = key(None, "sft.py only: a list of messages that ends in the answer", "messages")
     messages: Messages = key(Messages, "how messages are written")
+    leave_out: list[str] = key(
+        list,
+        "columns, and fields of messages, that a template or a trainer would read and this run does without",
+        "[tools, reasoning_content]",
+    )
     turns: Turns | None = key(None, "where prompt, chosen and rejected are transcripts: their markers")
     extra: list[str] = key(list, "numeric columns to keep by name, for selection.score.signal", "[perplexity]")
 

@@ -22,6 +22,7 @@ KINDS = {str: TEXT, bool: BOOLEAN, int: NUMBER, float: NUMBER, Decimal: NUMBER, 
 # What the column may hold that a key of `columns` names.
 ALLOWED = {
     **dict.fromkeys(["prompt", "chosen", "rejected", "responses"], (TEXT, MESSAGE, MESSAGES)),
+    "system": (TEXT,),
     "conversation": (MESSAGES, TEXT),
     **dict.fromkeys(["better", "safer", "preference", "extra"], (NUMBER, BOOLEAN, TEXT)),
     **dict.fromkeys(["chosen_safe", "rejected_safe", "safe"], (BOOLEAN, NUMBER, TEXT)),
@@ -30,6 +31,8 @@ ALLOWED = {
     "category": (TEXT, FLAGS),
     "row_id": (TEXT, NUMBER),
 }
+# Columns that say what the model is to see beside prompt and answers: read by a key, left out on purpose, or refused.
+SEEN_BESIDE = ("system", "tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 
 
 class Found(NamedTuple):
@@ -71,7 +74,32 @@ def check_columns(rows: Dataset, columns: Columns, where: str) -> dict[str, Foun
             )
     if columns.conversation is None:
         _check_answers(columns, found, where)
+    _check_beside(rows, columns, found, where)
     return found
+
+
+def _check_beside(rows: Dataset, columns: Columns, found: dict[str, Found], where: str) -> None:
+    for name in set(SEEN_BESIDE) & set(rows.column_names) - {column.path[0] for column in found.values()}:
+        if name in columns.leave_out:
+            continue
+        filled = sum(
+            not is_empty(value)
+            for table in rows.select_columns(name).with_format("arrow").iter(batch_size=10_000)
+            for value in table[name].to_pylist()
+        )
+        if filled:
+            way = "name it by columns.system, or " if name == "system" else "prompts and answers are text alone; "
+            raise RecipeError(
+                f"{where}: {filled:,} rows have something in the column {name!r}, which no key of `columns` reads: "
+                f"{way}leave it out on purpose with columns.leave_out: [{name}]"
+            )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, or no item or field that says something; JSON in a text counts as itself."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return value is None or isinstance(value, (str, list)) and value in ("", "[]", "{}", "null", [])
 
 
 def _find(rows: Dataset, key: str, name: str, wanted: tuple[str, ...], columns: Columns, where: str) -> Found:
