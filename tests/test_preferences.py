@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -18,7 +20,7 @@ from huggingface_hub import constants
 
 from core.config.parsing import resolve
 from core.config.schema import Columns, DatasetEntry, Messages, Turns
-from core.data import preferences, sources
+from core.data import caches, preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
 from core.runtime import network
 from core.runtime.errors import RecipeError
@@ -422,6 +424,90 @@ def test_kinds_of_file(tmp_path):
             ("q", "N/A", "b"),
             ("p", "None", "d"),
         ], entry.path
+
+
+def test_a_path_is_that_file_and_no_pattern(tmp_path, monkeypatch):
+    """datasets takes the names of these files for patterns, which other files match."""
+    for name in ("pairs1.jsonl", "p*.jsonl", "p?.jsonl", "pairs[1].jsonl"):
+        write(tmp_path / name, [{**PLAIN, "chosen": name}])
+    (tmp_path / "run[1]").mkdir()
+    write(tmp_path / "run[1]" / "f.jsonl", [{**PLAIN, "chosen": "below"}])
+    monkeypatch.chdir(tmp_path)
+
+    def chosen(**keys) -> list[str]:
+        return load_preferences([DatasetEntry(**keys, columns=TEXT)], seed=0)[0]["chosen"][:]
+
+    for name in ("pairs[1].jsonl", "p*.jsonl", "p?.jsonl"):
+        assert chosen(path=name) == [name]
+        assert chosen(path=".", data_files=name) == [name]
+        assert chosen(path="json", data_files=[name]) == [name]
+    assert chosen(path="run[1]/f.jsonl") == ["below"]
+    assert chosen(path=".", data_files="pairs*.jsonl") == ["pairs1.jsonl", "pairs[1].jsonl"]
+    with pytest.raises(RecipeError, match=r"run\[1\]: datasets takes .* pattern; rename it"):
+        chosen(path="run[1]")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "kind", "saved", "large file"])
+def test_edited_data_is_read_again(kind, tmp_path, monkeypatch):
+    """Though size and time are as they were, which is all that datasets looks at."""
+    path = tmp_path / "f.jsonl"
+    if kind == "saved":
+        datasets.Dataset.from_list([{**PLAIN, "chosen": "old"}]).save_to_disk(tmp_path / "saved")
+        [path] = (tmp_path / "saved").glob("*.arrow")
+    else:
+        write(path, [{**PLAIN, "chosen": "old"}])
+    keys = {"path": str(tmp_path if kind == "folder" else tmp_path / "saved" if kind == "saved" else path)}
+    if kind == "kind":
+        keys = {"path": "json", "data_files": [str(path)]}
+    if kind == "large file":
+        monkeypatch.setattr(caches, "HASHED", 1)
+    entry = DatasetEntry(**keys, columns=TEXT)
+    before = path.stat()
+    assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["old"]
+    path.write_bytes(path.read_bytes().replace(b"old", b"new"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["new"]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, caplog):
+    """The files of datasets' cache, cut in half: named and made again, and the user's own file is not blamed."""
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", [PLAIN] * 50), columns=TEXT)
+    rows = load_preferences([entry], seed=0)[0].to_list()
+    [made] = Path(datasets.config.HF_DATASETS_CACHE).rglob("json-train.arrow")
+    [mapped_to] = made.parent.glob("cache-*.arrow")
+    for file in (mapped_to, made):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        assert load_preferences([entry], seed=0)[0].to_list() == rows
+        assert f"f.jsonl: the cache {made.parent} is damaged (" in caplog.text
+    other = datasets.Dataset.from_file(str(made)).select([0])
+    with pa.OSFile(str(tmp_path / "short"), "wb") as sink, pa.ipc.new_stream(sink, other.data.schema) as writer:
+        writer.write_table(other.data.table.slice(0, 1))
+    made.write_bytes((tmp_path / "short").read_bytes())
+    assert load_preferences([entry], seed=0)[0].to_list() == rows
+    assert "1 of 50 rows are left" in caplog.text
+
+
+def test_csv_is_text_by_any_delimiter(tmp_path):
+    """Answers of digits stay as they are written, and what is read as a number is one; an unnamed index is no harm."""
+    columns = Columns(
+        prompt="prompt", **PAIR, score_chosen="w", score_rejected="l", chosen_safe="s", rejected_safe="s"
+    )
+    for mark in ",;\t|":
+        text = '|prompt|chosen|rejected|w|l|s\n0|1+1|02|3,0|7.5|-1|True\n1|p|None|"a\nb"|1|0|false\n'
+        quoted = text.replace("3,0", '"3,0"').replace("|", mark)
+        (tmp_path / "f.csv").write_text(quoted)
+        for entry in (
+            DatasetEntry(str(tmp_path / "f.csv"), columns=columns),
+            DatasetEntry(str(tmp_path), columns=columns),
+        ):
+            rows, _ = load_preferences([entry], seed=0)
+            assert rows["chosen"][:] == ["02", "None"]
+            assert rows["rejected"][:] == ["3,0", "a\nb"]
+            assert rows["score_chosen"][:] == [7.5, 1.0]
+            assert rows["chosen_safe"][:] == [True, False]
 
 
 @pytest.mark.parametrize("layout", ["parts", "named split", "saved", "saved splits"])
@@ -905,6 +991,25 @@ BAD_SOURCES = {
     "corrupt line in a folder": (
         "f.jsonl", f"{json.dumps(PLAIN)}\n{{", {"path": ".", "data_files": "f.jsonl"}, "f.jsonl: line 2 is not JSON",
     ),
+    "JSON in latin-1": (
+        "f.jsonl", b'{"prompt":"q","chosen":"\xe9","rejected":"b"}', {"path": "f.jsonl"}, "`chosen` is not UTF-8 text",
+    ),
+    "an array in latin-1": ("f.json", b'[{"p":"\xe9"}]', {"path": "f.json"}, "not UTF-8 text .byte 0xe9.; save it"),
+    "CSV in latin-1": ("f.csv", b"prompt,chosen\nq,\xe9\n", {"path": "f.csv"}, "not UTF-8 text; save it as"),
+    "a header in latin-1": ("f.csv", b"prompt,chos\xe9n\nq,a\n", {"path": "f.csv"}, "not UTF-8 text; save it as"),
+    "more fields than the header": (
+        "f.csv", "prompt,chosen\nq,a,b\n", {"path": "f.csv"}, "more fields than the header; quote the texts",
+    ),
+    "a cut gzip": ("f.jsonl.gz", gzip.compress(b'{"p":"q"}' * 99)[:-20], {"path": "f.jsonl.gz"}, "fetch the file"),
+    "JSON nested deep": (
+        "f.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", {"path": "f.jsonl"},
+        "line 1 of f.jsonl is nested more than 50 levels deep; flatten it",
+    ),
+    "half a surrogate pair": (
+        "f.jsonl", '{"prompt":"q","chosen":"\\ud800","rejected":"b"}', {"path": "f.jsonl"},
+        r"line 1 holds half a surrogate pair \(\\ud800\)",
+    ),
+    "what save_to_disk left": ("state.json", "[]", {"path": "."}, "what save_to_disk left cannot be read .*; save it"),
     "nothing on the Hub": ("f.jsonl", "", {"path": "nobody/nothing"}, "nobody/nothing: .*the Hub can't be reached"),
     "no row by the fraction": (
         "f.jsonl", json.dumps(PLAIN), {"path": "f.jsonl", "fraction": 0.5}, "`fraction: 0.5` of 1 rows leaves none",
@@ -916,12 +1021,53 @@ BAD_SOURCES = {
 def test_bad_source(name, tmp_path, monkeypatch):
     file, content, keys, message = BAD_SOURCES[name]
     monkeypatch.chdir(tmp_path)
-    Path(file).write_text(content)
+    Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     started = time.monotonic()
     with pytest.raises(RecipeError, match=message) as error:
         load_preferences([DatasetEntry(**keys, columns=TEXT)], seed=0)
     assert "\n" not in str(error.value)
     assert time.monotonic() - started < 5
+
+
+def test_depth_counts_brackets_outside_of_texts(tmp_path):
+    path = write(tmp_path / "f.jsonl", [{**PLAIN, "chosen": '[{"' * 60}])
+    assert load_preferences([DatasetEntry(path, columns=TEXT)], seed=0)[0]["chosen"][:] == ['[{"' * 60]
+
+
+# name: (a column of one answer, what the message calls it; None: it is read)
+TYPES = {
+    "string_view": (pa.array(["a"], pa.string_view()), None),
+    "large string": (pa.array(["a"], pa.large_string()), None),
+    "bytes that are no text": (
+        pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]),
+        "`chosen` is not UTF-8 text in row 0",
+    ),
+    "binary": (pa.array([b"a"]), "holds binary data, not text .*; write it as text"),
+    "date": (pa.array([date(2020, 1, 2)]), "holds a date, not text .*; write it as text"),
+    "time": (pa.array([datetime(2020, 1, 2)]), "holds a time, not text .*; write it as text"),
+    "decimal": (pa.array([Decimal("2.50")]), "holds a number, not text .*; write it as text"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_answers(name, tmp_path):
+    answers, message = TYPES[name]
+    pq.write_table(pa.table({"prompt": ["q"], "chosen": answers, "rejected": ["b"]}), tmp_path / "f.parquet")
+    entry = DatasetEntry(str(tmp_path / "f.parquet"), columns=TEXT)
+    if message is None:
+        assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["a"]
+        return
+    with pytest.raises(RecipeError, match=message):
+        load_preferences([entry], seed=0)
+
+
+def test_decimal_scores(tmp_path):
+    table = pa.table(
+        {"prompt": ["q"], "chosen": ["a"], "rejected": ["b"], "w": [Decimal("2.50")], "l": [Decimal("1")]}
+    )
+    pq.write_table(table, tmp_path / "f.parquet")
+    rows, _ = load_preferences([DatasetEntry(str(tmp_path / "f.parquet"), columns=SCORES)], seed=0)
+    assert (rows["score_chosen"][:], rows["score_rejected"][:]) == ([2.5], [1.0])
 
 
 def test_layouts_that_differ_from_file_to_file(tmp_path):

@@ -4,6 +4,7 @@ A value that is of no use is raised as `BadRow`, so that a row's first fault is 
 """
 
 import math
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -18,7 +19,10 @@ from core.runtime.text import did_you_mean
 TEXT, MESSAGE, MESSAGES = "text", "a message", "a list of messages"
 NUMBER, BOOLEAN, FLAGS, NULL = "a number", "a boolean", "a struct of booleans", "nothing but null"
 # Of Python's types.
-KINDS = {str: TEXT, bool: BOOLEAN, int: NUMBER, float: NUMBER, Decimal: NUMBER, dict: MESSAGE, list: MESSAGES}
+KINDS = {
+    str: TEXT, bool: BOOLEAN, int: NUMBER, float: NUMBER, Decimal: NUMBER, dict: MESSAGE, list: MESSAGES,
+    bytes: "binary data", date: "a date", datetime: "a time",
+}  # fmt: skip
 # What the column may hold that a key of `columns` names.
 ALLOWED = {
     **dict.fromkeys(["prompt", "chosen", "rejected", "responses"], (TEXT, MESSAGE, MESSAGES)),
@@ -116,8 +120,9 @@ def _find(rows: Dataset, key: str, name: str, wanted: tuple[str, ...], columns: 
     if columns.turns and TEXT in wanted and MESSAGES in wanted:
         wanted, as_asked = (TEXT,), " as columns.turns asks"
     if kind not in (*wanted, NULL):
+        way = "; write it as text in the source" if TEXT in wanted and kind in KINDS.values() and not as_asked else ""
         raise RecipeError(
-            f"{where}: columns.{key} names {name!r}, which holds {kind}, not {' or '.join(wanted)}{as_asked}"
+            f"{where}: columns.{key} names {name!r}, which holds {kind}, not {' or '.join(wanted)}{as_asked}{way}"
         )
     return Found(path, kind, {})
 

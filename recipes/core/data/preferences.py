@@ -12,9 +12,10 @@ from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
 from core.config.schema import DatasetEntry
+from core.data.caches import mapped
 from core.data.columns import Row, check_columns
 from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
-from core.data.sources import draw_fraction, load_rows
+from core.data.sources import draw_fraction, load_rows, not_text
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
 
@@ -103,8 +104,23 @@ def _map(
     features: Features,
 ) -> tuple[Dataset, BadRows]:
     """An entry's rows through `read`, cached on disk; bad rows are refused, or dropped and listed."""
-    where, columns = place(entry), entry.columns
     rows = load_rows(entry).with_format(None)
+    try:
+        return _map_rows(rows, entry, source, seed, num_proc, read, features)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{place(entry)}: {not_text(rows)}") from error
+
+
+def _map_rows(
+    rows: Dataset,
+    entry: DatasetEntry,
+    source: str,
+    seed: int,
+    num_proc: int | None,
+    read: Callable[[Row], dict],
+    features: Features,
+) -> tuple[Dataset, BadRows]:
+    where, columns = place(entry), entry.columns
     found = check_columns(rows, columns, where)
     numbers = np.arange(len(rows))
     if entry.fraction is not None and entry.fraction < 1:
@@ -116,8 +132,10 @@ def _map(
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
     settings = {"columns": columns, "found": found, "constants": {"source": source, "role": entry.role}}
     features = Features({**features, "row_id": Value("string"), "fault": Value("string")})
-    mapped = rows.map(
+    mapped_rows = mapped(
+        rows,
         map_batch,
+        where,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -129,15 +147,15 @@ def _map(
         desc=f"rows of {source}",
     )
     if columns.row_id is not None:
-        _check_row_ids(mapped["row_id"][:], columns.row_id, where)
-    is_bad = np.array(mapped.data.column("fault").is_valid())
-    mapped, bad = mapped.remove_columns("fault"), mapped.select(np.flatnonzero(is_bad))
+        _check_row_ids(mapped_rows["row_id"][:], columns.row_id, where)
+    is_bad = np.array(mapped_rows.data.column("fault").is_valid())
+    mapped_rows, bad = mapped_rows.remove_columns("fault"), mapped_rows.select(np.flatnonzero(is_bad))
     if not len(bad):
-        return mapped, []
-    if entry.bad_rows == "error" or len(bad) == len(mapped):
-        raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped))}")
+        return mapped_rows, []
+    if entry.bad_rows == "error" or len(bad) == len(mapped_rows):
+        raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped_rows))}")
     dropped = [{"row_id": row["row_id"], "source": source, "reason": row["fault"]} for row in bad]
-    return mapped.select(np.flatnonzero(~is_bad)), dropped
+    return mapped_rows.select(np.flatnonzero(~is_bad)), dropped
 
 
 def _check_row_ids(ids: list[str], name: str, where: str) -> None:
