@@ -55,13 +55,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
             _refuse_deep(builder.config.data_files or {}, where)
         rows = prepared(builder, split, where)
     except (DatasetGenerationError, pa.ArrowTypeError, EOFError, zlib.error, RecursionError) as error:
-        cause = error.__cause__ or error
-        told = (
-            f"not UTF-8 text; {AS_UTF8}"
-            if isinstance(cause, UnicodeDecodeError)
-            else f"unreadable: {_one_line(cause)}"
-        )
-        fault = _first_fault(path, files_of(entry)) or told
+        fault = _first_fault(path, files_of(entry)) or _told(error.__cause__ or error)
         raise RecipeError(f"{where}: {fault}") from error
     except ConnectionError as error:
         raise RecipeError(
