@@ -1101,6 +1101,29 @@ def test_a_hub_that_does_not_answer_is_left_alone(monkeypatch):
         assert time.monotonic() - started < 5
 
 
+def test_oddities_are_counted(tmp_path):
+    """Messages dumped as text, by JSON or by Python, in any row; other JSON in most rows; scores against labels."""
+    talk = [user("hi")]
+    given = [
+        {"prompt": json.dumps(talk), "chosen": '{"answer": 42}', "rejected": "b", "w": 1.0, "l": 2.0},
+        {"prompt": str(talk), "chosen": "[a] plain {text}", "rejected": '["b"]', "w": 2.0, "l": 2.0},
+        {"prompt": "[1] is a reference", "chosen": "a", "rejected": "[2]", "w": 3.0, "l": 2.0},
+    ]
+    rows, _ = load_preferences([DatasetEntry(write(tmp_path / "f.jsonl", given), columns=SCORES)], seed=0)
+    scores, rejected, prompt = preferences.oddities(rows)
+    assert scores.startswith("in 1 of 3 rows with scores the rejected answer has the higher one (f.jsonl:0);")
+    assert rejected.startswith("2 of 3 rows hold JSON dumped as text in rejected, which")
+    assert prompt.startswith("2 of 3 rows hold messages dumped as text in prompt, which")
+    rows, _ = load_preferences([DatasetEntry(write(tmp_path / "g.jsonl", [PLAIN]), columns=TEXT)], seed=0)
+    assert preferences.oddities(rows) == []
+    path = write(
+        tmp_path / "h.jsonl",
+        [{"m": [user("q"), assistant("a")]}, {"m": [user("q"), assistant('[{"role": "x", "content": "y"}]')]}],
+    )
+    talks = load_conversations([DatasetEntry(path, columns=Columns(conversation="m"))], seed=0)
+    assert preferences.oddities(talks)[0].startswith("1 of 2 rows hold messages dumped as text in messages")
+
+
 # ---------------------------------------------------------------------------------------------- conversations to learn
 def learn(tmp_path: Path, rows: list[dict], **keys) -> list:
     entry = DatasetEntry(write(tmp_path / "f.jsonl", rows), **keys)

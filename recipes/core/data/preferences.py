@@ -1,5 +1,7 @@
 """Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
 
+import ast
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -7,6 +9,7 @@ from functools import partial
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
@@ -93,6 +96,57 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
             logging.getLogger(__name__).warning("%s: %d rows dropped: %s", place(entry), count, reason)
         parts.append(rows.select_columns("messages"))
     return datasets.concatenate_datasets(parts)
+
+
+def oddities(rows: Dataset) -> list[str]:
+    """What of loaded pairs or conversations is trained as it stands and hardly meant so: lines, with counts."""
+    found = []
+    if "messages" in rows.column_names:
+        texts = {"messages": [talk[-1]["content"] for talk in rows["messages"]]}
+    else:
+        texts = {side: rows[side][:] for side in ("chosen", "rejected")}
+        texts["prompt"] = [prompt[-1]["content"] for prompt in rows["prompt"]]
+        table = rows.with_format("arrow")
+        gaps = pc.subtract(table["score_chosen"][:], table["score_rejected"][:]).to_numpy()
+        if against := int((gaps < 0).sum()):
+            first = ", ".join(rows["row_id"][int(row)] for row in np.flatnonzero(gaps < 0)[:ROWS_NAMED])
+            scored = int((~np.isnan(gaps)).sum())
+            found.append(
+                f"in {against:,} of {scored:,} rows with scores the rejected answer has the higher one ({first}); "
+                "labels and scores contradict each other there"
+            )
+    for part, held in texts.items():
+        dumped = [_dumped(text) for text in held]
+        messages, some = dumped.count("messages"), sum(kind is not None for kind in dumped)
+        if messages or some > len(held) / 2:  # a single answer in JSON may be what was asked for
+            count = messages or some
+            found.append(
+                f"{count:,} of {len(held):,} rows hold {'messages' if messages else 'JSON'} dumped as text in {part}, "
+                "which is trained as it stands; parse it in the source, so that the column holds messages"
+            )
+    return found
+
+
+def _dumped(text: str) -> str | None:
+    """What a text dumps, as JSON or as Python writes it: `messages`, other `data`, or None where it is text."""
+    text = text.strip()
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not text.startswith(("[{'", "{'", "['")):
+            return None
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    items = value if isinstance(value, list) else [value]
+    fields = ({"role", "content"}, {"from", "value"}, {"type", "text"})
+    is_talk = bool(items) and all(
+        isinstance(item, dict) and any(pair <= item.keys() for pair in fields) for item in items
+    )
+    return "messages" if is_talk else "data"
 
 
 def _map(

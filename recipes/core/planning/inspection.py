@@ -9,9 +9,10 @@ import numpy as np
 from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from core.config.entries import place
 from core.config.parsing import Run
 from core.config.schema import DatasetEntry
-from core.data.preferences import load_conversations, load_preferences
+from core.data.preferences import load_conversations, load_preferences, oddities
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
@@ -76,7 +77,8 @@ def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, find
         findings.note("selection.score by reference_gap needs the weights: the rows below are before it")
 
     def load(entry: DatasetEntry) -> Any:
-        return load_preferences([entry], args.seed, args.dataset_num_proc)
+        rows, _ = load_preferences([entry], args.seed, args.dataset_num_proc)
+        return _noted(rows, entry, findings)
 
     held_out = None
     if entries := _readable(recipe.eval_datasets, load, findings):
@@ -97,6 +99,12 @@ def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, find
         _show_pairs(train, tokenizer)
         _show_lengths(dict(zip(("prompt", "chosen", "rejected"), token_lengths(train.dataset).T, strict=True)))
     return train
+
+
+def _noted(rows: Dataset, entry: DatasetEntry, findings: Findings) -> Dataset:
+    for line in oddities(rows):
+        findings.note(f"{place(entry)}: {line}")
+    return rows
 
 
 def _readable(
@@ -154,7 +162,8 @@ def inspect_conversations(
     recipe, args = resolved.recipe, resolved.training
 
     def load(entry: DatasetEntry) -> Dataset:
-        return load_conversations([entry], args.seed, args.dataset_num_proc)
+        rows = load_conversations([entry], args.seed, args.dataset_num_proc)
+        return _noted(rows, entry, findings)
 
     for entry in recipe.eval_datasets:
         findings.attempt(load, entry)
