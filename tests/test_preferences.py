@@ -1116,6 +1116,11 @@ def test_oddities_are_counted(tmp_path):
     assert prompt.startswith("2 of 3 rows hold messages dumped as text in prompt, which")
     rows, _ = load_preferences([DatasetEntry(write(tmp_path / "g.jsonl", [PLAIN]), columns=TEXT)], seed=0)
     assert preferences.oddities(rows) == []
+    tie = two(better="x", scores=["n", "s"], values={"x": {"draw": "tie"}})
+    rows, _ = load_preferences(
+        [DatasetEntry(write(tmp_path / "t.jsonl", [{**TWO, "x": "draw"}]), columns=tie)], seed=0
+    )
+    assert rows["tie"][:] == [True] and preferences.oddities(rows) == []
     path = write(
         tmp_path / "h.jsonl",
         [{"m": [user("q"), assistant("a")]}, {"m": [user("q"), assistant('[{"role": "x", "content": "y"}]')]}],

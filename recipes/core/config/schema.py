@@ -219,7 +219,7 @@ class EvaluateRecipe(PreferenceRecipe):
 
     datasets: list[DatasetEntry] = key(list, "the sources of rows, where there are no eval_datasets")
     prompts: str | None = key(
-        None, "a .txt (a prompt per line) or .jsonl (`prompt`, or `messages`) to answer", "prompts.txt"
+        None, "to answer: a .txt (one per line), a .csv (`prompt`) or a .jsonl (`prompt` or `messages`)", "prompts.txt"
     )
     max_new_tokens: Count = key(256, "of each answer", "64")
     reference_model: str | None = key(None, "null: rewards without a reference", "runs/sft")

@@ -108,6 +108,7 @@ def oddities(rows: Dataset) -> list[str]:
         texts["prompt"] = [prompt[-1]["content"] for prompt in rows["prompt"]]
         table = rows.with_format("arrow")
         gaps = pc.subtract(table["score_chosen"][:], table["score_rejected"][:]).to_numpy()
+        gaps = np.where(table["tie"][:].to_numpy(), 0, gaps)  # of a tie, neither is the chosen one
         if against := int((gaps < 0).sum()):
             first = ", ".join(rows["row_id"][int(row)] for row in np.flatnonzero(gaps < 0)[:ROWS_NAMED])
             scored = int((~np.isnan(gaps)).sum())
