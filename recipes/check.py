@@ -61,7 +61,7 @@ def main() -> None:
     if resolved is None:
         leave(findings)
     recipe = resolved.recipe
-    findings.attempt(claim_folder, resolved)
+    findings.attempt(claim_folder, resolved, only_look=True)
     inspection.show_network(resolved)
     config, tokenizer = inspection.open_model(resolved, findings)
     model = None

@@ -27,6 +27,7 @@ from core.config.trl_keys import MODEL
 from core.config.validation import check_keys
 from core.runtime.errors import RecipeError
 from core.runtime.files import replaced
+from core.runtime.text import masked, without_secrets
 
 if TYPE_CHECKING:
     from trl import DPOConfig, ModelConfig, SFTConfig
@@ -184,16 +185,17 @@ def build(settings: Settings) -> Run:
 
 def save_recipe(resolved: Run, folder: str | Path) -> Path:
     """
-    Write the resolved recipe to `folder`/recipe.yaml, complete or not at all: `--config` of it is the same run.
+    Write the resolved recipe to `folder`/recipe.yaml, complete or not at all and without secrets: `--config` of it is
+    the same run.
 
     Returns:
         The file's path.
     """
     target = Path(folder) / "recipe.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    origin = " ".join([resolved.path, *resolved.overrides])
+    origin = without_secrets(" ".join([resolved.path, *resolved.overrides]))
     with replaced(target) as file:
-        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}".encode())
+        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(masked(resolved.values))}".encode())
     return target
 
 
