@@ -36,7 +36,7 @@ def main() -> None:
     from core.training.trainer import ShiftedMarginTrainer
 
     watch, stop = Watch(), StopOnSignal()
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, resolved.values)
     if recipe.eval_datasets:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
@@ -86,7 +86,7 @@ def main() -> None:
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
-    trainer.rows_digest = rows_digest
+    trainer.recipe, trainer.rows_digest = resolved.values, rows_digest
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 

@@ -31,7 +31,7 @@ def main() -> None:
     from core.training.trainer import ConversationTrainer
 
     watch, stop = Watch(), StopOnSignal()
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, resolved.values)
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
@@ -58,7 +58,7 @@ def main() -> None:
             peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
             callbacks=[stop],
         )
-    trainer.rows_digest = ids_digest(trainer.train_dataset, ["input_ids"])
+    trainer.recipe, trainer.rows_digest = resolved.values, ids_digest(trainer.train_dataset, ["input_ids"])
     agree("conversations", trainer.rows_digest)
     if rank() == 0:
         show_lengths(trainer, len(train))
