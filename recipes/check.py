@@ -55,6 +55,8 @@ def main() -> None:
     from core.modeling.policy import share_prefixes
     from core.planning import estimates, inspection
     from core.planning.memory_trace import FakeModel
+    from core.training.checkpoints import check_fits, checkpoint_to_resume
+    from core.training.manifest import asked_of
 
     datasets.disable_progress_bars()
     resolved = findings.attempt(build_anywhere, asked)
@@ -62,6 +64,10 @@ def main() -> None:
         leave(findings)
     recipe = resolved.recipe
     findings.attempt(claim_folder, resolved, only_look=True)
+    args = resolved.training
+    checkpoint = findings.attempt(checkpoint_to_resume, args.resume_from_checkpoint, args.output_dir, resolved.values)
+    if checkpoint is not None:
+        findings.attempt(check_fits, checkpoint, asked_of(launch, args))
     inspection.show_network(resolved)
     config, tokenizer = inspection.open_model(resolved, findings)
     model = None

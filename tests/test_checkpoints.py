@@ -72,6 +72,8 @@ def test_an_unbroken_run_keeps_the_newest_and_leaves_nothing_aside(unbroken):
         manifest["files"]
     )
     assert damage(unbroken / "checkpoint-8") is None
+    for folder in ("checkpoint-8", "final"):
+        assert json.loads((unbroken / folder / "config.json").read_text())["use_cache"] is True, "it trains without"
 
 
 # Where a save may be interrupted: while its folder fills, at the manifest, at the rename, and while an old one is

@@ -211,7 +211,7 @@ def random_model(shape: Shape, dtype: torch.dtype, seed: int) -> PreTrainedModel
     )
     torch.manual_seed(seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

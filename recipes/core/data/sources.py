@@ -18,6 +18,7 @@ from huggingface_hub import constants
 
 from core.config.entries import BUILDERS, files_of, place
 from core.config.schema import DatasetEntry
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.network import hub_is_reachable
 from core.runtime.text import did_you_mean
@@ -42,7 +43,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
     try:
         if path.is_dir():
             options["name"], options["split"] = _folder_holds(target, entry, where)
-        rows = datasets.load_dataset(target, **options)
+        rows = loading.rows(target, **options)
     except (DatasetGenerationError, pa.ArrowTypeError) as error:
         fault = _first_fault(path, files_of(entry)) or f"unreadable: {_one_line(error.__cause__ or error)}"
         raise RecipeError(f"{where}: {fault}") from error
@@ -66,7 +67,7 @@ def load_rows(entry: DatasetEntry) -> Dataset:
 
 
 def _target(path: Path, entry: DatasetEntry, where: str) -> tuple[str, dict]:
-    """What `datasets.load_dataset` takes for an entry: the kind of a file, a folder or a name on the Hub; options."""
+    """What `loading.rows` takes for an entry: the kind of a file, a folder or a name on the Hub; options."""
     options: dict = {"name": entry.name, "data_files": entry.data_files, "revision": entry.revision}
     suffix = Path(path.name.removesuffix(".gz")).suffix
     if path.is_file() or suffix in BUILDERS:
@@ -98,8 +99,8 @@ def _folder_holds(folder: str, entry: DatasetEntry, where: str) -> tuple[str | N
     The configuration and split of a folder that stand for those the entry names. A folder whose files name none has a
     single one of each, which datasets calls default and train: as with a file, they are the ones that are meant.
     """
-    name = None if datasets.get_dataset_config_names(folder) == ["default"] else entry.name
-    files = datasets.load_dataset_builder(folder, name=name, data_files=entry.data_files).config.data_files
+    name = None if loading.row_configurations(folder) == ["default"] else entry.name
+    files = loading.row_files(folder, name, entry.data_files)
     wanted = re.split(r"\W", entry.split)[0]
     if wanted in files:
         return name, entry.split
@@ -110,7 +111,7 @@ def _folder_holds(folder: str, entry: DatasetEntry, where: str) -> tuple[str | N
 
 def _saved(path: Path, split: str, where: str) -> Dataset:
     """Rows that `save_to_disk` has written: one set, or several by the names of their splits."""
-    saved = datasets.load_from_disk(str(path))
+    saved = loading.saved_rows(path)
     if isinstance(saved, Dataset):
         return saved
     if split not in saved:

@@ -11,9 +11,10 @@ import xxhash
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from core.runtime import loading
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
 
@@ -38,10 +39,7 @@ def load_tokenizer(
         RecipeError: no tokenizer there, no pad token, no chat template, or no end-of-text token.
     """
     path = model.model_name_or_path
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=model.model_revision, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"model {path}: its tokenizer cannot be loaded: {' '.join(str(error).split())}") from error
+    tokenizer = loading.tokenizer(path, model.model_revision)
     if chat_template_path is not None:
         template = Path(chat_template_path)
         if not template.is_file():

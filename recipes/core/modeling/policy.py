@@ -1,15 +1,13 @@
 """The policy and its reference: loading them, and the proof that what was saved is what was trained."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.integrations import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -19,6 +17,7 @@ from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import ModelConfig
 
 from core.modeling.prefix import unsupported_reason
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.ranks import first_rank_decides, rank
 
@@ -44,27 +43,20 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
             raise RecipeError(
                 f"model {path} is an adapter, which cannot be merged under ZeRO-3; merge and save it first"
             )
-        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        return PeftModel.from_pretrained(load_model(model, base), path).merge_and_unload().requires_grad_(True)
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            revision=revision,
-            dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
-            attn_implementation=model.attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise RecipeError(
-            f"model {path} cannot be loaded: {' '.join(str(error).split())}; mend that folder, or give another model"
-        ) from error
+        base = load_model(model, loading.adapter_base(path))
+        return loading.with_adapter(base, path).merge_and_unload().requires_grad_(True)
+    return loading.causal_lm(
+        path,
+        revision=revision,
+        dtype=model.dtype if model.dtype == "auto" else getattr(torch, model.dtype),
+        attn_implementation=model.attn_implementation,
+    )
 
 
 def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
     """What a run has saved in a folder: a model, or an adapter on the recipe's model."""
     if (Path(folder) / ADAPTER_CONFIG_NAME).is_file():
-        return PeftModel.from_pretrained(load_model(base), folder)
+        return loading.with_adapter(load_model(base), folder)
     return load_model(base, folder)
 
 

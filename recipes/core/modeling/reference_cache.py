@@ -17,6 +17,7 @@ from trl import DPOConfig, ModelConfig
 
 from core.runtime.errors import RecipeError
 from core.runtime.files import replaced
+from core.runtime.loading import adapter_base
 from core.runtime.ranks import first_rank_decides
 
 FORMAT = 1  # raise it when a key or a value comes to mean something else
@@ -133,7 +134,7 @@ def _digest_of_folder(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     adapter = folder / ADAPTER_CONFIG_NAME
     if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = adapter_base(folder)
         digest.update(adapter.read_bytes())
         digest.update(_digest_of_folder(_local_folder(base, None)).encode())
         files = sorted(folder.glob("adapter_model.*"))

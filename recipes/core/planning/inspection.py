@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from core.config.parsing import Run
 from core.config.schema import DatasetEntry
@@ -17,6 +17,7 @@ from core.objective.margins import first_losses
 from core.planning.findings import Findings
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.network import hub_is_off, hub_is_reachable
 from core.selection.buffer import refuse_overlap
@@ -48,11 +49,7 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
     except RecipeError as error:
         findings.fault(str(error))
         return None, None
-    config = None
-    try:
-        config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        findings.fault(f"model {path}: its config cannot be read: {' '.join(str(error).split())}")
+    config = findings.attempt(loading.model_config, path, model.model_revision)
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")

@@ -47,7 +47,9 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[lis
 
 
 def listed(lines: list[str]) -> str:
-    return "; ".join(lines[:5]) + (f" and {len(lines) - 5} more" if len(lines) > 5 else "")
+    """On one line: five of them whole, of the others the keys."""
+    more = [line.partition(":")[0] for line in lines[5:25]] + (["…"] if len(lines) > 25 else [])
+    return "; ".join(lines[:5]) + (f"; and {', '.join(more)}" if more else "")
 
 
 def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: bool) -> None:

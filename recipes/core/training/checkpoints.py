@@ -4,8 +4,10 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,7 @@ from transformers.utils import logging
 
 from core.runtime.environment import versions
 from core.runtime.errors import RecipeError, full_disk
+from core.runtime.files import remove
 from core.runtime.output_folder import differences, listed
 from core.runtime.ranks import first_rank_decides, rank
 from core.runtime.run_lock import check_held
@@ -45,6 +48,12 @@ class CompleteCheckpoints:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Trainer trains without a cache of keys and values; whoever loads the model would generate without one too.
+        config = self.model.config
+        with patch.object(config, "use_cache", True) if hasattr(config, "use_cache") else nullcontext():
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         args, final = self.args, Path(self.args.output_dir)
@@ -94,14 +103,6 @@ class CompleteCheckpoints:
             for old in reached[limit:]:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
-
-
-def remove(path: Path) -> None:
-    """Take away a folder; of a link, the link alone, so that what it leads to is left as it is."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
 
 
 def launched_as(trainer: Any) -> Origin:

@@ -12,7 +12,9 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field
 
+from core.runtime.environment import versions
 from core.runtime.files import replaced
+from core.runtime.launching import Launch
 from core.runtime.output_folder import recipe_digest
 from core.runtime.text import masked
 
@@ -103,6 +105,16 @@ class Manifest(Origin):
         if path.is_symlink():
             raise ValueError("a symbolic link")
         return cls.parse(path.read_bytes())
+
+
+def asked_of(launch: Launch, args: Any) -> Origin:
+    """The `Origin` of a run that has not started, as far as its launch config and settings tell."""
+    return Origin(
+        world_size=launch.world_size,
+        zero_stage=launch.zero_stage or None,
+        batch_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * launch.world_size,
+        versions=versions(),
+    )
 
 
 def seal(folder: Path, step: int, origin: Origin) -> None:
