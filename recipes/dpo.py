@@ -21,8 +21,8 @@ def main() -> None:
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer
-    from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, share_prefixes, verify_saved
+    from core.modeling.parameters import lora_config
+    from core.modeling.policy import check_learning, load_policy, share_prefixes, verify_saved
     from core.modeling.reference import reference_gaps
     from core.modeling.reference_cache import open_cache
     from core.planning.disk import check_room
@@ -49,6 +49,7 @@ def main() -> None:
         reference_gaps,
         settings=resolved.model,
         args=args,
+        trained=recipe.trainable_parameters,
         prefix_sharing=recipe.prefix_sharing,
         cache_folder=recipe.reference_cache,
         pad_token_id=tokenizer.pad_token_id,
@@ -65,8 +66,8 @@ def main() -> None:
             show_selection(held_out, recipe.margin, args.beta, "evaluation")
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
-    model = load_model(resolved.model)
-    select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+    model = load_policy(resolved.model, recipe.trainable_parameters, args)
+    check_learning(model, resolved.model, args, recipe.save_dtype)
     check_room(model, resolved, len(train.dataset))
 
     # ---------------------------------------------------------------- the trainer
@@ -74,7 +75,7 @@ def main() -> None:
     cached = args.precompute_ref_log_probs and not recipe.margin.reference_free
     trainer = ShiftedMarginTrainer(
         model=model,
-        ref_model=load_model(resolved.model) if live else None,
+        ref_model=load_policy(resolved.model, recipe.trainable_parameters, args) if live else None,
         processing_class=tokenizer,
         args=args,
         train_dataset=train.dataset,
@@ -82,11 +83,12 @@ def main() -> None:
         margin=recipe.margin,
         replay=recipe.selection.replay,
         prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
-        reference_cache=open_cache(recipe.reference_cache, resolved.model, args) if cached else None,
+        reference_cache=open_cache(recipe.reference_cache, resolved.model, args, model) if cached else None,
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
     trainer.rows_digest = rows_digest
+    trainer.begun_from, trainer.save_dtype = resolved.model, recipe.save_dtype
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 
@@ -94,7 +96,7 @@ def main() -> None:
     begin(resolved, train.audit)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     stop.exit_if_stopped(trainer.state.global_step)
-    trainer.save_model()
+    trainer.save_final()
     shown = train.token_ids(2)
     verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
     finish(trainer, output, held_out, recipe.margin)

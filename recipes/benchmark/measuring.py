@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from trl import DPOTrainer
 
 from benchmark.generated import LENGTHS, Workload, labelled_rows, token_bound, train_tokenizer
@@ -22,6 +22,7 @@ from core.config.schema import Hygiene, Quotas, Replay, Score, Selection
 from core.data.preferences import FEATURES
 from core.data.tokens import token_lengths, tokenize_rows
 from core.modeling.parameters import select_parameters
+from core.modeling.precision import hold, precision_of
 from core.modeling.prefix import unsupported_reason
 from core.modeling.reference import ReferenceCache
 from core.objective.presets import Margin
@@ -133,12 +134,18 @@ def contenders(comparison: Comparison) -> dict[str, Callable[[], Figures]]:
     }
 
 
+def prepare(model: PreTrainedModel, workload: Workload, trained: list[str] | None) -> None:
+    """Choose what is trained, and hold it in the same precision for both sides (`precision.precision_of`)."""
+    select_parameters(model, trained)
+    hold(model, precision_of(model.dtype, workload.args.mixed_precision, deepspeed=False))
+
+
 def run_stock(comparison: Comparison) -> Figures:
     """Stock TRL over the rows, in the order that this project's trainer has them in."""
     workload = comparison.workload
     with tempfile.TemporaryDirectory() as folder:
         model = workload.build_model()
-        select_parameters(model, workload.trained)
+        prepare(model, workload, workload.trained)
         trainer = StockTrainer(
             order=comparison.order,
             model=model,
@@ -155,7 +162,7 @@ def run_shared(comparison: Comparison, trained: list[str] | None) -> Figures:
     workload = comparison.workload
     with tempfile.TemporaryDirectory() as folder:
         model = workload.build_model()
-        select_parameters(model, trained)
+        prepare(model, workload, trained)
         comparison.sharing = unsupported_reason(model, workload.args.max_length) is None
         trainer = SharedTrainer(
             model=model,

@@ -10,6 +10,7 @@ from core.runtime.described import key
 
 Action = Literal["drop", "error", "keep"]
 LabelPolicy = Literal["helpful", "safer", "safe_first", "safedpo_t"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -177,6 +178,11 @@ class PreferenceRecipe:
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    save_dtype: SaveDtype | None = key(
+        None,
+        "of the final model; null: as the model that training began with, or float32 if that would undo the training",
+        "bfloat16",
+    )
     pairs_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
     num_processes: Count | None = key(None, "refuse to start on any other number", "8")
     reference_cache: str | None = key(
@@ -196,6 +202,11 @@ class SFTRecipe:
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    save_dtype: SaveDtype | None = key(
+        None,
+        "of the final model; null: as the model that training began with, or float32 if that would undo the training",
+        "bfloat16",
+    )
     conversations_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
     num_processes: Count | None = key(None, "refuse to start on any other number", "8")
 

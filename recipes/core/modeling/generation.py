@@ -9,6 +9,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from core.modeling.precision import HALF
 from core.runtime.errors import RecipeError
 
 
@@ -97,8 +98,9 @@ def answer_prompts(
 ) -> None:
     """Write `output_dir`/generations.jsonl: a line per prompt with `messages` and `answer`, in their order."""
     model = model.to(args.device).eval()
-    state = PartialState()
-    with state.split_between_processes(prompts) as mine:
+    state, mixed = PartialState(), HALF.get(args.mixed_precision)  # weights may be of several dtypes
+    autocast = torch.autocast(args.device.type, dtype=mixed, enabled=mixed is not None)
+    with state.split_between_processes(prompts) as mine, autocast:
         answers = gather_object(generate(model, tokenizer, mine, max_new_tokens, args.per_device_eval_batch_size))
     if state.is_main_process:
         path = Path(args.output_dir) / "generations.jsonl"

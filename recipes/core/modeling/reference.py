@@ -23,7 +23,7 @@ from trl import DPOConfig, ModelConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-from core.modeling.policy import load_model, share_prefixes
+from core.modeling.policy import load_policy, share_prefixes
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
@@ -82,6 +82,7 @@ def reference_gaps(
     settings: ModelConfig,
     args: DPOConfig,
     *,
+    trained: list[str] | None = None,
     prefix_sharing: bool,
     cache_folder: str | None,
     pad_token_id: int,
@@ -95,13 +96,14 @@ def reference_gaps(
         rows: see `reference_logps`. N of them.
         settings: of the model that is to be trained.
         args: precision, DeepSpeed, batch sizes and length limit of that run.
+        trained: the recipe's `trainable_parameters`, which are held in another dtype.
         prefix_sharing, cache_folder: the recipe's `prefix_sharing` and `reference_cache`.
         pad_token_id: where pairs are padded.
 
     Returns:
         Shape: (N,), float64.
     """
-    model = load_model(settings)
+    model = load_policy(settings, trained, args)
     sharing = share_prefixes(prefix_sharing, model, args.max_length)
     add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
     if sharing:
@@ -115,7 +117,7 @@ def reference_gaps(
         model,
         accelerator,
         rows,
-        open_cache(cache_folder, settings, args),
+        open_cache(cache_folder, settings, args, model),
         PrefixSharedCollator() if sharing else PaddedCollator(pad_token_id),
         batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
         description="Reference log-probabilities (selection)",

@@ -7,14 +7,17 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
+from core.modeling.policy import mend_generation
+from core.modeling.precision import Precision, check_save_dtype, check_steps
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
+from core.planning.memory_trace import FakeModel
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
 from core.runtime.errors import RecipeError
@@ -63,6 +66,22 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
             "it would fail; save a tokenizer that belongs to the model"
         )
     return config, tokenizer
+
+
+def inspect_learning(resolved: Run, precision: Precision, model: FakeModel | None, findings: Findings) -> None:
+    """Whether the steps move what is trained, and whether what the run ends with can be saved, as the run asks it."""
+    settings, args = resolved.model, resolved.training
+    findings.attempt(check_save_dtype, resolved.recipe.save_dtype, precision.trained if precision.masters else None)
+    folder = settings.model_name_or_path
+    try:
+        generation = GenerationConfig.from_pretrained(folder, revision=settings.model_revision)
+    except (OSError, ValueError):
+        generation = None  # many models have none
+    if note := findings.attempt(mend_generation, generation, folder):
+        findings.note(note)
+    if model is not None:
+        names = {name for name, weight in model.causal_lm.named_parameters() if weight.requires_grad}
+        findings.attempt(check_steps, settings, names, args.learning_rate, args.optim)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
+from core.modeling.precision import Precision, hold
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
@@ -31,6 +32,7 @@ from core.selection.replay import EpochCallback, ReplaySampler
 from core.training.checkpoints import CompleteCheckpoints
 from core.training.metrics import PAIR_STATS, TOKEN_STATS, PairMetrics
 from core.training.records import LogLine, MetricsFile
+from core.training.saving import SavesFinal
 from core.training.throughput import Throughput
 from core.training.tripwires import Tripwires, check_first_loss, draws_dropout
 
@@ -48,11 +50,17 @@ BATCH_COLUMNS = [
 ]
 
 
-class Recorded(Tripwires, CompleteCheckpoints):
-    """What both stages add to TRL's trainers: tripwires, complete checkpoints, metrics.jsonl and a short log line."""
+class Recorded(Tripwires, CompleteCheckpoints, SavesFinal):
+    """
+    What both stages add to TRL's trainers: tripwires, complete checkpoints, the final model, metrics.jsonl and a short
+    log line.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.deepspeed_plugin is None:
+            # What PEFT has added and copied; what else is trained is so already (`load_policy`).
+            hold(self.model, Precision(torch.float32, torch.float32), frozen=False)
         self.add_callback(MetricsFile())
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -165,7 +173,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         if "ref_chosen_logps" in batch:
             return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            with as_reference(self.model):
+            # The reference's own autocast is lost where its head has been replaced after it was prepared.
+            with as_reference(self.model), self.accelerator.autocast():
                 outputs = pair_logps(self.ref_model or self.model, batch, statistics=False)
         return outputs.chosen_logps, outputs.rejected_logps
 
