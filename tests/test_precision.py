@@ -254,9 +254,7 @@ def test_invalid_generation_settings_are_met_before_the_training(half_folder, tm
     saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
     assert (saved["do_sample"], saved["temperature"]) == (True, 0.6)
     broken = with_generation(half_folder, tmp_path / "broken", num_return_sequences=3, num_beams=2)
-    with pytest.raises(
-        RecipeError, match="generation_config.json is invalid, so the trained model could not be saved"
-    ):
+    with pytest.raises(RecipeError, match="cannot be loaded: `num_return_sequences`"):
         load_policy(ModelConfig(model_name_or_path=broken), None, arguments(tmp_path))
 
 

@@ -131,7 +131,7 @@ def look_over(
     if kind != "evaluate":
         hold(fit_batch, training, world_size)
     if "dtype" not in model:
-        announcements.append("dtype float32 (TRL's default): the weights are loaded and saved in 32 bits")
+        announcements.append("dtype float32 (TRL's default): the weights are loaded in 32 bits")
     if training.get("save_only_model"):
         announcements.append("save_only_model: checkpoints hold no optimizer, so the run cannot be resumed")
     if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:

@@ -75,8 +75,11 @@ def inspect_learning(resolved: Run, precision: Precision, model: FakeModel | Non
     folder = settings.model_name_or_path
     try:
         generation = GenerationConfig.from_pretrained(folder, revision=settings.model_revision)
-    except (OSError, ValueError):
+    except OSError:
         generation = None  # many models have none
+    except ValueError as error:
+        generation = None
+        findings.fault(f"model {folder}: generation_config.json is invalid: {' '.join(str(error).split())}; mend it")
     if note := findings.attempt(mend_generation, generation, folder):
         findings.note(note)
     if model is not None:
