@@ -343,6 +343,40 @@ def test_presets_become_numbers(write, preset):
         assert word in line
 
 
+def test_simpo_s_constant_follows_beta(write):
+    """The paper's setting is γ/β = 0.8: at β = 10 γ is 8, and it is said; a recipe's own c stays."""
+    simpo = ["--config", write(DPO), "--margin.preset", "simpo"]
+    resolved = resolve("dpo", [*simpo, "--beta", "10"], world_size=1)
+    assert resolved.recipe.margin.c == pytest.approx(8.0) and resolved.training["beta"] == 10
+    assert "margin.c 8 is 0.8 x beta 10, the ratio of preset simpo" in resolved.announcements
+    resolved = resolve("dpo", [*simpo, "--beta", "10", "--margin.c", "3"], world_size=1)
+    assert resolved.recipe.margin.c == 3
+    assert "margin.c 3 is the recipe's own; preset simpo has 8.0" in resolved.announcements
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "dropout"),
+    [
+        ("dpo", "", 0.0),
+        ("dpo", "--disable_dropout false", None),
+        ("dpo", "--disable_dropout false --lora_dropout 0.1", 0.1),
+        ("dpo", "--lora_dropout 0", 0.0),
+        ("dpo", "--disable_dropout false --lora_target_parameters [experts.down_proj]", 0.0),
+        ("sft", "", None),
+        ("sft", "--lora_target_parameters [experts.down_proj]", 0.0),
+        ("dpo", "--lora_dropout 0.1", "lora_dropout: has no effect: disable_dropout is true"),
+        ("sft", "--lora_target_parameters [down_proj] --lora_dropout 0.1", "lora_dropout: has no effect: adapters of"),
+    ],
+)
+def test_lora_dropout_is_what_the_adapters_have(write, kind, arguments, dropout):
+    """None: TRL's default."""
+    argv = ["--config", write({"dpo": DPO, "sft": SFT}[kind]), "--use_peft", "true", *arguments.split()]
+    if isinstance(dropout, str):
+        assert dropout in refusal(kind, argv)
+    else:
+        assert resolve(kind, argv, world_size=1).model.get("lora_dropout") == dropout
+
+
 def test_the_tests_know_every_preset():
     assert set(EXPANDED) == set(PRESETS)
 

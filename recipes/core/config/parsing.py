@@ -19,6 +19,7 @@ from core.config.checks import (
     choose_reference_pass,
     expand_preset,
     fit_batch,
+    settle_lora_dropout,
 )
 from core.config.keys import usage
 from core.config.reading import dump, read
@@ -118,6 +119,7 @@ def look_over(
 
     hold(check_sources, kind)
     hold(check_training, model | training)
+    hold(settle_lora_dropout, kind, model, training, announcements)
     if model.get("use_peft") and recipe.trainable_parameters:
         model["lora_target_modules"] = recipe.trainable_parameters
     if kind != "sft":
