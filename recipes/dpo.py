@@ -22,7 +22,7 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer
     from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, share_prefixes, verify_saved
+    from core.modeling.policy import check_config, load_model, load_policy, share_prefixes, verify_saved
     from core.modeling.reference import reference_gaps
     from core.modeling.reference_cache import open_cache
     from core.planning.disk import check_room
@@ -65,7 +65,8 @@ def main() -> None:
             show_selection(held_out, recipe.margin, args.beta, "evaluation")
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
-    model = load_model(resolved.model)
+    model = load_policy(resolved.model, args)
+    check_config(model.config, tokenizer, args)
     select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
     check_room(model, resolved, len(train.dataset))
 

@@ -23,7 +23,7 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer, with_system_message
     from core.modeling.generation import answer_prompts, read_prompts
-    from core.modeling.policy import load_model, share_prefixes
+    from core.modeling.policy import check_config, load_model, load_policy, share_prefixes
     from core.reporting.results import show_selection, write_evaluation
     from core.runtime.ranks import rank
     from core.selection.pairs import prepare_pairs
@@ -31,7 +31,8 @@ def main() -> None:
 
     tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
-    model = load_model(resolved.model)
+    model = load_policy(resolved.model, args)
+    check_config(model.config, tokenizer, args)
 
     # ---------------------------------------------------------------- preference rows
     entries = recipe.eval_datasets or recipe.datasets

@@ -21,7 +21,7 @@ def main() -> None:
     from core.data.preferences import load_conversations
     from core.data.tokens import ids_digest, lead_with, load_tokenizer, template_errors
     from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, verify_saved
+    from core.modeling.policy import check_config, load_model, verify_saved
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_lengths
     from core.runtime.ranks import agree, caches_in_turn, rank
@@ -44,6 +44,7 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the model, and what of it is trained
     model = load_model(resolved.model)
+    check_config(model.config, tokenizer, args)
     select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
     check_room(model, resolved, len(train))
 

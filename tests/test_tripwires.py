@@ -7,8 +7,9 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from conftest import build_model
+from core.modeling.dropout import draws_dropout
 from core.runtime.errors import RecipeError
-from core.training.tripwires import Movement, Tripwires, check_first_loss, draws_dropout
+from core.training.tripwires import Movement, Tripwires, check_first_loss
 
 
 class GuardedTrainer(Tripwires, Trainer):

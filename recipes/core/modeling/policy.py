@@ -9,16 +9,22 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
 from transformers.utils import ADAPTER_CONFIG_NAME
-from trl import ModelConfig
+from trl import DPOConfig, ModelConfig, SFTConfig
 
-from core.modeling.prefix import unsupported_reason
+from core.modeling.dropout import disable_dropout
+from core.modeling.prefix import has_router_loss, unsupported_reason
 from core.runtime.errors import RecipeError
 from core.runtime.ranks import first_rank_decides, rank
 
@@ -59,6 +65,46 @@ def load_model(model: ModelConfig, path: str | None = None) -> PreTrainedModel:
         raise RecipeError(
             f"model {path} cannot be loaded: {' '.join(str(error).split())}; mend that folder, or give another model"
         ) from error
+
+
+def load_policy(model: ModelConfig, args: DPOConfig) -> PreTrainedModel:
+    """The recipe's model, without dropout where the recipe (by default) asks for none."""
+    policy = load_model(model)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    return policy
+
+
+def check_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, args: DPOConfig | SFTConfig) -> None:
+    """
+    What the model's config rules out, whether or not its weights are there.
+
+    Raises:
+        RecipeError: token ids beyond the embedding, or a router loss that TRL cannot compute.
+    """
+    path, config = config.name_or_path, config.get_text_config()
+    if len(tokenizer) > config.vocab_size:
+        raise RecipeError(
+            f"model {path}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}; an id beyond "
+            "it would fail; save a tokenizer that belongs to the model"
+        )
+    coefficient = args.router_aux_loss_coef
+    if not has_router_loss(config):
+        if coefficient:
+            raise RecipeError(
+                f"router_aux_loss_coef: a {config.model_type} returns no router logits, so there is no loss to "
+                "weight; remove the key"
+            )
+        return
+    if coefficient is None:
+        coefficient = getattr(config, "router_aux_loss_coef", 0.0)
+    if coefficient and isinstance(args, DPOConfig):
+        missing = [name for name in ("num_experts", "num_experts_per_tok") if not hasattr(config, name)]
+        if missing:
+            raise RecipeError(
+                f"router_aux_loss_coef: {coefficient:g} for a {config.model_type}, and TRL finds no {missing[0]} in "
+                "its config to compute the loss with; set router_aux_loss_coef: 0"
+            )
 
 
 def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:

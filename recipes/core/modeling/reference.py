@@ -23,11 +23,12 @@ from trl import DPOConfig, ModelConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-from core.modeling.policy import load_model, share_prefixes
+from core.modeling.policy import load_policy, share_prefixes
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
     PrefixSharedCollator,
+    collator_for,
     enable_prefix_sharing,
     pair_logps,
 )
@@ -101,7 +102,7 @@ def reference_gaps(
     Returns:
         Shape: (N,), float64.
     """
-    model = load_model(settings)
+    model = load_policy(settings, args)
     sharing = share_prefixes(prefix_sharing, model, args.max_length)
     add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
     if sharing:
@@ -116,7 +117,7 @@ def reference_gaps(
         accelerator,
         rows,
         open_cache(cache_folder, settings, args),
-        PrefixSharedCollator() if sharing else PaddedCollator(pad_token_id),
+        collator_for(model, sharing, pad_token_id),
         batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
         description="Reference log-probabilities (selection)",
     )

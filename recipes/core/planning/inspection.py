@@ -13,6 +13,7 @@ from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
+from core.modeling.policy import check_config
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
 from core.reporting.results import show_selection
@@ -57,11 +58,8 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
     tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe.chat_template_path, recipe.pad_token)
-    if config is not None and tokenizer is not None and len(tokenizer) > config.get_text_config().vocab_size:
-        findings.fault(
-            f"model {path}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}; an id beyond "
-            "it would fail; save a tokenizer that belongs to the model"
-        )
+    if config is not None and tokenizer is not None:
+        findings.attempt(check_config, config, tokenizer, resolved.training)
     return config, tokenizer
 
 

@@ -14,14 +14,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
-from core.modeling.prefix import (
-    HEAD_OUTPUTS,
-    PaddedCollator,
-    PairOutputs,
-    PrefixSharedCollator,
-    enable_prefix_sharing,
-    pair_logps,
-)
+from core.modeling.dropout import draws_dropout
+from core.modeling.prefix import HEAD_OUTPUTS, PairOutputs, collator_for, enable_prefix_sharing, pair_logps
 from core.modeling.reference import as_reference, reference_logps
 from core.modeling.reference_cache import ReferenceCache
 from core.objective.losses import shifted_margin_loss, target_sign
@@ -32,7 +26,7 @@ from core.training.checkpoints import CompleteCheckpoints
 from core.training.metrics import PAIR_STATS, TOKEN_STATS, PairMetrics
 from core.training.records import LogLine, MetricsFile
 from core.training.throughput import Throughput
-from core.training.tripwires import Tripwires, check_first_loss, draws_dropout
+from core.training.tripwires import Tripwires, check_first_loss
 
 # What a row brings into a micro-batch.
 BATCH_COLUMNS = [
@@ -97,7 +91,7 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         # Of each pair of the latest evaluation: log π(y_w) − log π(y_l) of the reference, of the policy, and m. One
         # tensor of shape (B, 3) for each micro-batch.
         self.evaluated: list[torch.Tensor] = []
-        collator = PrefixSharedCollator() if prefix_sharing else PaddedCollator(processing_class.pad_token_id)
+        collator = collator_for(model, prefix_sharing, processing_class.pad_token_id)
         if prefix_sharing:
             for network in (model, kwargs.get("ref_model")):
                 if network is not None:
@@ -171,7 +165,7 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         assert not return_outputs, "rewards are logged, not returned: no compute_metrics is passed"
-        policy = pair_logps(model, inputs)
+        policy = pair_logps(model, inputs, router_loss=self.aux_loss_enabled)
         ref_chosen_logps, ref_rejected_logps = self._reference_of(inputs)
         chosen_logratios = policy.chosen_logps - ref_chosen_logps
         rejected_logratios = policy.rejected_logps - ref_rejected_logps
@@ -187,7 +181,13 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
             dtype = self._forward_dtype()
             check_first_loss(losses.detach(), inputs["margin"], summed_delta.detach(), tokens, self.link, dtype)
         self._record(inputs, policy, chosen_logratios, rejected_logratios, losses)
-        return role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+        loss = role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * policy.router_loss
+            mode = "train" if self.model.training else "eval"
+            router_loss = self.accelerator.gather_for_metrics(policy.router_loss.detach()).mean().item()
+            self._metrics[mode]["aux_loss"].append(router_loss)
+        return loss
 
     def _forward_dtype(self) -> torch.dtype:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -254,7 +254,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
                     logs |= self.throughput.report()
                 else:
                     # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
-                    logs["eval_loss"] = loss
+                    router = self._metrics["eval"].get("aux_loss", [0.0])
+                    logs["eval_loss"] = loss + self.router_aux_loss_coef * sum(router) / len(router)
                 self._metrics[mode].update({key: [value] for key, value in report.items()})
         super().log(logs, start_time)
 

@@ -197,14 +197,6 @@ def check_first_loss(
     )
 
 
-def draws_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training is a random one, so that the first loss is the link's value but roughly."""
-    return any(
-        isinstance(module, nn.Dropout) and module.p > 0 or getattr(module, "attention_dropout", 0) > 0
-        for module in model.modules()
-    )
-
-
 def _list(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
