@@ -135,15 +135,15 @@ def _rehearse(config: LoraConfig, model: nn.Module) -> None:
         except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
             raise RecipeError(f"LoRA does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
     embedding, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
-    if isinstance(head, BaseTunerLayer):
-        raise RecipeError(
-            "lora_target_modules: the head's adapter would be trained by no loss here, which reads its weights; leave "
-            "the head out, or name it in lora_modules_to_save"
-        )
     if tied and any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in (embedding, head)):
         raise RecipeError(
             f"LoRA: {type(model).__name__} ties its embedding to its head, so that merging an adapter of one would "
             "move the other too; leave both out of lora_target_modules, lora_target_parameters, lora_modules_to_save"
+        )
+    if isinstance(head, BaseTunerLayer):
+        raise RecipeError(
+            "lora_target_modules: the head's adapter would be trained by no loss here, which reads its weights; leave "
+            "the head out, or name it in lora_modules_to_save"
         )
 
 
