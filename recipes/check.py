@@ -23,6 +23,8 @@ from core.runtime.network import go_offline_if_local
 from core.runtime.stage import stage_of
 from core.training.session import claim_folder, places
 
+OF_NOMINAL = 79.6 / 80  # GiB that a card of 80 "GB" has, for each of them
+
 
 @exits_cleanly
 def main() -> None:
@@ -53,20 +55,31 @@ def main() -> None:
     import datasets
 
     from core.modeling.policy import share_prefixes
+    from core.modeling.precision import asked_dtype, precision_of
     from core.planning import estimates, inspection
     from core.planning.memory_trace import FakeModel
+    from core.training.checkpoints import check_fits, checkpoint_to_resume
+    from core.training.manifest import asked_of
 
     datasets.disable_progress_bars()
     resolved = findings.attempt(build_anywhere, asked)
     if resolved is None:
         leave(findings)
     recipe = resolved.recipe
-    findings.attempt(claim_folder, resolved)
+    findings.attempt(claim_folder, resolved, only_look=True)
+    args = resolved.training
+    checkpoint = findings.attempt(checkpoint_to_resume, args.resume_from_checkpoint, args.output_dir, resolved.values)
+    if checkpoint is not None:
+        findings.attempt(check_fits, checkpoint, asked_of(launch, args))
     inspection.show_network(resolved)
     config, tokenizer = inspection.open_model(resolved, findings)
-    model = None
+    model = precision = None
     if config is not None:
-        model = findings.attempt(FakeModel, config, resolved.model, recipe.trainable_parameters)
+        precision = precision_of(
+            asked_dtype(resolved.model, config), mixed_precision(asked, launch), bool(launch.zero_stage)
+        )
+        model = findings.attempt(FakeModel, config, resolved.model, recipe.trainable_parameters, precision)
+        inspection.inspect_learning(resolved, precision, model, findings)
 
     # ---------------------------------------------------------------- rows, batch, steps
     shared = False
@@ -78,13 +91,12 @@ def main() -> None:
     if model is None:
         findings.note("without the model's config, memory and disk are not estimated")
         leave(findings)
-    half = in_half(asked, launch)
     if largest is None:
         findings.note("rows without tokens: memory is estimated as if every one filled max_length")
         largest = estimates.worst_micro_batch(resolved, shared)
-    limit = options.gpu_memory and options.gpu_memory * 2**30
-    estimates.inspect_memory(resolved, launch, model, largest, half, limit, findings)
-    estimates.inspect_disk(resolved, launch, model, half, steps, findings)
+    limit = options.gpu_memory and options.gpu_memory * OF_NOMINAL * 2**30
+    estimates.inspect_memory(resolved, launch, model, largest, precision, limit, findings)
+    estimates.inspect_disk(resolved, launch, model, precision, steps, findings)
     leave(findings)
 
 
@@ -98,7 +110,11 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--config", required=True, help="the recipe")
     parser.add_argument("--accelerate_config", required=True, help="the launch config")
     parser.add_argument("--num_processes", type=int, help="in its place, as accelerate launch --num_processes")
-    parser.add_argument("--gpu_memory", type=float, help="GiB of each GPU, if the estimate is to be held against it")
+    parser.add_argument(
+        "--gpu_memory",
+        type=float,
+        help="of each GPU, as it is sold (80: 79.6 GiB), to compare",
+    )
     return parser.parse_known_args()
 
 
@@ -108,10 +124,10 @@ def build_anywhere(asked: Settings) -> Run:
     return build(dataclasses.replace(asked, training=asked.training | here))
 
 
-def in_half(asked: Settings, launch: Launch) -> bool:
-    """Whether the forward runs in 16 bits; bf16 is TRL's default."""
+def mixed_precision(asked: Settings, launch: Launch) -> str:
+    """What the forward runs in: the recipe's, of which bf16 is TRL's default, or the launcher's."""
     fp16, bf16 = asked.training.get("fp16"), asked.training.get("bf16")
-    return bool(fp16 or bf16 is None or bf16) or launch.mixed_precision != "no"
+    return "fp16" if fp16 else "bf16" if bf16 or bf16 is None else launch.mixed_precision
 
 
 def leave(findings: Findings) -> NoReturn:

@@ -21,27 +21,27 @@ def main() -> None:
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer
-    from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, share_prefixes, verify_saved
+    from core.modeling.parameters import lora_config
+    from core.modeling.policy import check_config, check_learning, load_policy, share_prefixes, verify_saved
     from core.modeling.reference import reference_gaps
     from core.modeling.reference_cache import open_cache
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_selection
     from core.runtime.ranks import agree, rank
     from core.runtime.watch import Watch
-    from core.selection.buffer import refuse_overlap
+    from core.selection.buffer import PER_TOKEN, refuse_overlap
     from core.selection.pairs import prepare_pairs
     from core.training.checkpoints import check_fits, checkpoint_to_resume, launched_as
     from core.training.stopping import StopOnSignal
     from core.training.trainer import ShiftedMarginTrainer
 
     watch, stop = Watch(), StopOnSignal()
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, resolved.values)
     if recipe.eval_datasets:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
     # ---------------------------------------------------------------- rows: load, tokenise, select, give margins
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
     held_out = None
     if recipe.eval_datasets:
         held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)
@@ -49,9 +49,11 @@ def main() -> None:
         reference_gaps,
         settings=resolved.model,
         args=args,
+        trained=recipe.trainable_parameters,
         prefix_sharing=recipe.prefix_sharing,
         cache_folder=recipe.reference_cache,
         pad_token_id=tokenizer.pad_token_id,
+        per_token=recipe.selection.score is not None and recipe.selection.score.signal == PER_TOKEN,
     )
     train = prepare_pairs(recipe.datasets, recipe, args, tokenizer, held_out=held_out, reference_gaps=gaps)
     if held_out is not None:
@@ -65,8 +67,9 @@ def main() -> None:
             show_selection(held_out, recipe.margin, args.beta, "evaluation")
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
-    model = load_model(resolved.model)
-    select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+    model = load_policy(resolved.model, recipe.trainable_parameters, args)
+    check_config(model.config, tokenizer, args)
+    check_learning(model, resolved.model, args, recipe.save_dtype)
     check_room(model, resolved, len(train.dataset))
 
     # ---------------------------------------------------------------- the trainer
@@ -74,7 +77,7 @@ def main() -> None:
     cached = args.precompute_ref_log_probs and not recipe.margin.reference_free
     trainer = ShiftedMarginTrainer(
         model=model,
-        ref_model=load_model(resolved.model) if live else None,
+        ref_model=load_policy(resolved.model, recipe.trainable_parameters, args) if live else None,
         processing_class=tokenizer,
         args=args,
         train_dataset=train.dataset,
@@ -82,11 +85,12 @@ def main() -> None:
         margin=recipe.margin,
         replay=recipe.selection.replay,
         prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
-        reference_cache=open_cache(recipe.reference_cache, resolved.model, args) if cached else None,
+        reference_cache=open_cache(recipe.reference_cache, resolved.model, args, model) if cached else None,
         peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
         callbacks=[stop],
     )
-    trainer.rows_digest = rows_digest
+    trainer.recipe, trainer.rows_digest = resolved.values, rows_digest
+    trainer.begun_from, trainer.save_dtype = resolved.model, recipe.save_dtype
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 
@@ -94,7 +98,7 @@ def main() -> None:
     begin(resolved, train.audit)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     stop.exit_if_stopped(trainer.state.global_step)
-    trainer.save_model()
+    trainer.save_final()
     shown = train.token_ids(2)
     verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
     finish(trainer, output, held_out, recipe.margin)

@@ -23,15 +23,17 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.tokens import load_tokenizer, with_system_message
     from core.modeling.generation import answer_prompts, read_prompts
-    from core.modeling.policy import load_model, share_prefixes
+    from core.modeling.policy import check_config, load_policy, share_prefixes
     from core.reporting.results import show_selection, write_evaluation
     from core.runtime.ranks import rank
     from core.selection.pairs import prepare_pairs
     from core.training.trainer import ShiftedMarginTrainer
 
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
-    model = load_model(resolved.model)
+    trained = recipe.trainable_parameters
+    model = load_policy(resolved.model, trained, args)
+    check_config(model.config, tokenizer, args)
 
     # ---------------------------------------------------------------- preference rows
     entries = recipe.eval_datasets or recipe.datasets
@@ -39,7 +41,9 @@ def main() -> None:
         pairs = prepare_pairs(entries, recipe, args, tokenizer, evaluation=True)
         if rank() == 0:
             show_selection(pairs, recipe.margin, args.beta, "evaluation")
-        reference = load_model(resolved.model, recipe.reference_model) if recipe.reference_model else None
+        reference = None
+        if recipe.reference_model:
+            reference = load_policy(resolved.model, trained, args, recipe.reference_model)
         args.precompute_ref_log_probs = False
         trainer = ShiftedMarginTrainer(
             model=model,

@@ -18,10 +18,11 @@ def main() -> None:
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
+    from core.data.chat_template import template_errors
     from core.data.preferences import load_conversations
-    from core.data.tokens import ids_digest, lead_with, load_tokenizer, template_errors
-    from core.modeling.parameters import lora_config, select_parameters
-    from core.modeling.policy import load_model, verify_saved
+    from core.data.tokens import ids_digest, lead_with, load_tokenizer
+    from core.modeling.parameters import lora_config
+    from core.modeling.policy import check_config, check_learning, load_policy, verify_saved
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_lengths
     from core.runtime.ranks import agree, caches_in_turn, rank
@@ -31,10 +32,10 @@ def main() -> None:
     from core.training.trainer import ConversationTrainer
 
     watch, stop = Watch(), StopOnSignal()
-    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, resolved.values)
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
-    tokenizer = load_tokenizer(resolved.model, recipe.chat_template_path, recipe.pad_token)
+    tokenizer = load_tokenizer(resolved.model, recipe)
 
     def conversations(entries):
         return lead_with(recipe.system_message, load_conversations(entries, args.seed, args.dataset_num_proc))
@@ -43,8 +44,9 @@ def main() -> None:
     held_out = caches_in_turn(lambda: conversations(recipe.eval_datasets)) if recipe.eval_datasets else None
 
     # ---------------------------------------------------------------- the model, and what of it is trained
-    model = load_model(resolved.model)
-    select_parameters(model, None if resolved.model.use_peft else recipe.trainable_parameters)
+    model = load_policy(resolved.model, recipe.trainable_parameters, args)
+    check_config(model.config, tokenizer, args)
+    check_learning(model, resolved.model, args, recipe.save_dtype)
     check_room(model, resolved, len(train))
 
     # ---------------------------------------------------------------- train, save, prove what was saved, report
@@ -58,7 +60,8 @@ def main() -> None:
             peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
             callbacks=[stop],
         )
-    trainer.rows_digest = ids_digest(trainer.train_dataset, ["input_ids"])
+    trainer.recipe, trainer.rows_digest = resolved.values, ids_digest(trainer.train_dataset, ["input_ids"])
+    trainer.begun_from, trainer.save_dtype = resolved.model, recipe.save_dtype
     agree("conversations", trainer.rows_digest)
     if rank() == 0:
         show_lengths(trainer, len(train))
@@ -67,7 +70,7 @@ def main() -> None:
     begin(resolved)
     output = trainer.train(resume_from_checkpoint=checkpoint)
     stop.exit_if_stopped(trainer.state.global_step)
-    trainer.save_model()
+    trainer.save_final()
     shown = trainer.train_dataset[:4]["input_ids"]
     verify_saved(args.output_dir, resolved.model, trainer.model, trainer.accelerator, shown)
     finish(trainer, output)

@@ -34,7 +34,7 @@ def prepare(folder: Path) -> Path:
     """A model of random weights, rows of hh-rlhf's lengths and a recipe under `folder`; returns the recipe."""
     import torch
 
-    from benchmark.generated import LENGTHS, Shape, generate_pairs, random_model, train_tokenizer
+    from benchmark.generated import LENGTHS, generate_pairs, random_model, train_tokenizer
 
     pairs = list(generate_pairs(120, LENGTHS["hh-rlhf"], seed=3))
     rows = folder / "pairs.jsonl"
@@ -42,8 +42,7 @@ def prepare(folder: Path) -> Path:
     rows.write_text("\n".join(lines) + "\n")
     model = folder / "model"
     train_tokenizer(text for pair in pairs for text in pair).save_pretrained(model)
-    shape = Shape(LAYERS, WIDTH, 8, 2, 1792, VOCABULARY)
-    random_model(shape, torch.float32, seed=0).save_pretrained(model)
+    random_model((LAYERS, WIDTH, 8, 2, 1792, VOCABULARY), torch.float32, seed=0).save_pretrained(model)
     columns = {key: key for key in ("prompt", "chosen", "rejected")}
     places = {"model_name_or_path": str(model), "output_dir": str(folder / "run")}
     path = folder / "recipe.yaml"
@@ -78,11 +77,10 @@ def main() -> None:
     from core.runtime.environment import prepare_environment
 
     prepare_environment()
-    from benchmark.measuring import PeakMemory, allocate
+    from benchmark.measuring import PeakMemory
     from core.modeling import policy
     from core.training.throughput import GIB
 
-    allocate("returned")
     memory, load = PeakMemory(), policy.load_model
 
     def load_model(*arguments, **keywords):

@@ -115,7 +115,13 @@ def in_fork(work: Callable[[], object]) -> tuple[int, str, str]:
 
 
 def run_script(script: str, arguments: list[str]) -> tuple[int, str]:
-    """Exit code and stderr of a script in recipes/, run as a user would, but in a fork of this process."""
+    """Exit code and stderr of `script_says`."""
+    code, _, errors = script_says(script, arguments)
+    return code, errors
+
+
+def script_says(script: str, arguments: list[str]) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a script in recipes/, run as a user would, but in a fork of this process."""
     import core.training.trainer  # noqa: F401 (here, so that the forks share it)
 
     def work() -> None:
@@ -126,8 +132,7 @@ def run_script(script: str, arguments: list[str]) -> tuple[int, str]:
         sys.argv = [script, *arguments]
         runpy.run_path(str(ROOT / "recipes" / script), run_name="__main__")
 
-    code, _, errors = in_fork(work)
-    return code, errors
+    return in_fork(work)
 
 
 # ------------------------------------------------------------------------------------------ forks of a server

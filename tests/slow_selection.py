@@ -32,6 +32,10 @@ def select(rows, settings, seed, room=None, count=None, eval_prompts=None):
         fates.update(dict.fromkeys(gone, (stage, reason)))
         alive[:] = [row for row in alive if row["row_id"] not in gone]
 
+    for row in rows:  # where safety decides, equal scores leave nothing open
+        if settings.labels not in (None, "helpful") and row["role"] == "task":
+            row["tie"] &= row["chosen_safe"] is row["rejected_safe"]
+
     hygiene = settings.hygiene
     for rule in RULES:
         value = getattr(hygiene, rule)
@@ -122,12 +126,19 @@ def shares_ngram(prompt, others, n):
 
 
 def lengths(row):
-    return sorted((len(row["chosen"]), len(row["rejected"])))
+    """Tokens of the answers, which are bytes."""
+    return sorted((len(row["chosen"].encode()), len(row["rejected"].encode())))
 
 
-def similar(row, limit):
-    both = sum(lengths(row))
-    return both and 2 * lcs(row["chosen"], row["rejected"]) / both > limit
+def rendered(row, length, count, _):
+    """Whether the prompt leaves room; where it does not, the row has no tokens that a rule could count."""
+    return length is not None and count(row["prompt"]) < length and lengths(row)[0] > 0
+
+
+def similar(row, limit, length, count, _):
+    room = length - count(row["prompt"])
+    chosen, rejected = row["chosen"].encode()[:room], row["rejected"].encode()[:room]
+    return 2 * lcs(chosen, rejected) / (len(chosen) + len(rejected)) > limit
 
 
 def empty(row):
@@ -145,9 +156,13 @@ def equal_when_cut(row, room):
 RULES = {
     "empty": lambda rows, *_: [row for row in rows if empty(row)],
     "identical": lambda rows, *_: [row for row in rows if row["chosen"] == row["rejected"]],
-    "min_characters": lambda rows, least, *_: [row for row in rows if lengths(row)[0] < least],
-    "max_length_ratio": lambda rows, most, *_: [row for row in rows if lengths(row)[1] > most * lengths(row)[0]],
-    "max_similarity": lambda rows, limit, *_: [row for row in rows if similar(row, limit)],
+    "min_tokens": lambda rows, least, *rest: [row for row in rows if rendered(row, *rest) and lengths(row)[0] < least],
+    "max_length_ratio": lambda rows, most, *rest: [
+        row for row in rows if rendered(row, *rest) and lengths(row)[1] > most * lengths(row)[0]
+    ],
+    "max_similarity": lambda rows, limit, *rest: [
+        row for row in rows if rendered(row, *rest) and similar(row, limit, *rest)
+    ],
     "duplicates": duplicates,
     "contradictions": contradictions,
     "ties": lambda rows, *_: [row for row in rows if row["tie"]],
@@ -157,6 +172,7 @@ RULES = {
     "eval_ngram": lambda rows, n, length, count, others: [
         row for row in rows if others is not None and shares_ngram(row["prompt"], others, n)
     ],
+    "unrenderable": lambda rows, _, *rest: [row for row in rows if rest[0] is not None and not rendered(row, *rest)],
     "identical_tokens": lambda rows, _, length, count, __: [
         row for row in rows if length is not None and equal_when_cut(row, length - count(row["prompt"]))
     ],

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 import slow_selection
 from core.config.schema import Hygiene, Quotas, Score, Selection
 from core.data.tokens import TOKENS
-from core.objective.presets import PAIR_CLASSES
+from core.objective.presets import PAIR_CLASSES, Margin
 from core.runtime.errors import RecipeError
 from core.selection.buffer import refuse_overlap, select_rows
-from test_hygiene import make_row, make_rows
+from test_hygiene import GOOD, make_row, make_rows
 
 ANSWERS = ["", " ", "brief", "I bake bread.", "i bake BREAD.", "I bake bread!", "Straße 9 it is", "STRASSE 9 IT IS"]
 ANSWERS += [
@@ -44,8 +44,12 @@ def with_tokens(rows, max_length=24):
         prompt, both = count_bytes(row["prompt"]), (row["chosen"].encode(), row["rejected"].encode())
         room = max(0, max_length - prompt)
         ids = {f"{name}_ids": list(text[:room]) for name, text in zip(("chosen", "rejected"), both, strict=True)}
-        cut = {f"{name}_cut": len(text) > room for name, text in zip(("chosen", "rejected"), both, strict=True)}
-        fault = None if room else "leaves no room"
+        cut = {
+            f"{name}_cut": max(0, len(text) - room) for name, text in zip(("chosen", "rejected"), both, strict=True)
+        }
+        fault = None if room and all(both) else "leaves no room"
+        if fault:
+            ids, cut = {name: [] for name in ids}, dict.fromkeys(cut, 0)
         tokenised.append(row | {"prompt_ids": [0] * prompt, **ids, **cut, "fault": fault})
     return Dataset.from_list(tokenised, features=datasets.Features({**make_rows([make_row()]).features, **TOKENS}))
 
@@ -81,7 +85,7 @@ def random_rows(count, seed=0, labelled=True):
 
 
 SELECTION = Selection(
-    hygiene=Hygiene(empty="drop", eval_ngram=3, min_answer_tokens=4),
+    hygiene=Hygiene(eval_ngram=3, min_answer_tokens=4, unrenderable="drop", max_similarity=0.9, max_length_ratio=3),
     labels="safer",
     score=Score("score_gap", keep=0.7),
     quotas=Quotas("pair_class", {"safe/safe": 0.5, "unsafe/unsafe": 3}),
@@ -122,12 +126,13 @@ def selections(draw):
         empty=draw(action),
         identical=draw(action),
         max_similarity=draw(st.sampled_from([None, 0.5, 0.9])),
-        min_characters=draw(st.sampled_from([None, 6])),
+        min_tokens=draw(st.sampled_from([None, 6])),
         max_length_ratio=draw(st.sampled_from([None, 1.5, 4.0])),
         duplicates=draw(action),
         contradictions=draw(action),
         ties=draw(action),
         min_answer_tokens=draw(st.sampled_from([None, 4])),
+        unrenderable="drop",
         eval_ngram=draw(st.sampled_from([None, 1, 3])),
         identical_tokens=draw(action),
     )
@@ -362,7 +367,7 @@ def test_rules_set_to_error_name_the_rows_and_the_way_out():
     rows = [make_row(f"a:{i}", prompt=f"Question {i}?") for i in range(9)]
     for i in range(1, 8):
         rows[i]["chosen"] = ""
-    message = refusal(rows, Selection())
+    message = refusal(rows, Selection(hygiene=Hygiene(empty="error")))
     assert "broken by 7 rows, e.g. a:1, a:2, a:3, a:4, a:5, …" in message
     assert "set selection.hygiene.empty: drop to drop and count them" in message
     for rule, change in (
@@ -401,13 +406,13 @@ def test_a_quota_of_no_group_is_refused():
 
 
 def test_nothing_left_gives_the_counts_by_stage():
-    rows = [make_row("a:0", rejected="x"), *scored([1, 1, 1])]
+    rows = [make_row("a:0", rejected="  "), *scored([1, 1, 1])]
     rows[1]["row_id"], rows[2] = "a:9", rows[2] | {"prompt": rows[1]["prompt"]}
     message = refusal(rows, Selection(quotas=Quotas("source", {"a": 0})), bad_rows=[bad_row("a:7")])
     assert "leaves no row of 5" in message
     for part in (
         "1 by rows.null answer",
-        "1 by hygiene.min_characters",
+        "1 by hygiene.empty",
         "1 by hygiene.duplicates",
         "2 by quotas.source",
     ):
@@ -440,6 +445,51 @@ def test_overlap_of_training_and_evaluation_rows():
     overlap(train, held_out)
     held_out[1] |= {"tie": False, "rejected": held_out[1]["rejected"] + " Or not."}
     overlap(train, held_out)
+
+
+def test_a_row_that_cannot_be_rendered_is_told_with_its_way_out():
+    rows = with_tokens([make_row("a:0", prompt="x" * 30), make_row("a:1"), make_row("a:2", prompt="y" * 40)], 30)
+    settings = Selection(hygiene=Hygiene(min_answer_tokens=None))
+    with pytest.raises(RecipeError, match="^leaves no room; or set .*unrenderable: drop, for all 2 such rows$"):
+        select_rows(rows, settings, seed=0, max_length=30)
+    settings.hygiene.unrenderable = "drop"
+    kept, audit = select_rows(rows, settings, seed=0, max_length=30)
+    assert kept["row_id"][:] == ["a:1"] and audit.table()[0] == ("hygiene", "unrenderable", 2)
+
+
+@pytest.mark.parametrize(
+    "row, labels, margin, goes",
+    [
+        ({}, "helpful", {}, True),
+        # A safe answer against an unsafe one, which safety puts in order: by relabelling, or by the margin.
+        ({"chosen_safe": True, "rejected_safe": False}, "helpful", {}, True),
+        ({"chosen_safe": True, "rejected_safe": False}, "safer", {}, False),
+        ({"chosen_safe": True, "rejected_safe": False}, "helpful", {"a": 1.5, "b": 0.5}, False),
+        ({"chosen_safe": True, "rejected_safe": True}, "safer", {"a": 1.5, "b": 0.5}, True),
+        ({"chosen_safe": True, "rejected_safe": False, "role": "buffer"}, "safer", {}, True),
+        # The margin takes the logarithm of the gap: what has put the answers in order does not help there.
+        ({"tie": False, "score_chosen": 2.0, "score_rejected": 2.0}, "helpful", {}, False),
+        ({"tie": False, "score_chosen": 2.0, "score_rejected": 2.0}, "helpful", {"k": 1.0, "phi": "log"}, True),
+    ],
+)
+def test_a_tie_goes_where_a_strict_label_is_needed(row, labels, margin, goes):
+    labelled = {"chosen_safe": True, "rejected_safe": True, "score_chosen": 3.0, "score_rejected": 1.0}
+    rows = make_rows([make_row("a:0", **({"tie": True} | row)), make_row("a:1", prompt="Another?", **labelled)])
+    _, audit = select_rows(rows, Selection(labels=labels), seed=0, margin=Margin(**margin))
+    assert audit.codes.tolist() == [8 if goes else 0, 0] and audit.reasons[7] == ("hygiene", "ties")
+
+
+def test_the_audit_says_what_rules_that_are_off_would_drop_of_each_pair_class():
+    rows = [
+        make_row(f"a:{i}", prompt=f"Question {i}?", chosen_safe=safe, rejected_safe=False, rejected=GOOD[1] * times)
+        for i, (safe, times) in enumerate([(True, 1), (True, 4), (False, 4), (True, 5), (None, 1)])
+    ]
+    _, audit = select_rows(with_tokens(rows, 900), Selection(), seed=0, max_length=900)
+    off = {entry["rule"]: entry for entry in audit.counts["off"]}
+    assert off["max_length_ratio"] == {
+        "rule": "max_length_ratio", "at": 3.0, "rows": 3, "by_class": {"safe/unsafe": 2, "unsafe/unsafe": 1}
+    }  # fmt: skip
+    assert set(off) == {"min_tokens", "max_length_ratio", "max_similarity"} and off["min_tokens"]["rows"] == 0
 
 
 # ---------------------------------------------------------------------------------------------- audit

@@ -182,6 +182,13 @@ def model_of_a_smaller_vocabulary(recipe, tmp_path):
     recipe["model_name_or_path"] = str(folder)
 
 
+def generation_that_cannot_be_loaded(recipe, tmp_path):
+    folder = tmp_path / "invalid"
+    shutil.copytree(recipe["model_name_or_path"], folder)
+    (folder / "generation_config.json").write_text('{"num_return_sequences": 3, "num_beams": 2}')
+    recipe["model_name_or_path"] = str(folder)
+
+
 def evaluation_rows_that_are_trained_on(recipe, tmp_path):
     recipe["eval_datasets"] = [dict(recipe["datasets"][0], source="eval")]
     recipe["selection"] = {"hygiene": {"eval_ngram": None}}
@@ -201,13 +208,15 @@ def evaluation_rows_that_are_trained_on(recipe, tmp_path):
         (change("num_processes", 3), (), "3, but the launcher started 1"),
         (change("use_cpu", False), (), "use_cpu: true needs it in the recipe as well"),
         (change("bf16", False), ("--gpu_memory", "0.000001"), "memory: each process needs about"),
+        (change("learning_rate", 1e-10), (), "learning_rate 1e-10: one step of it can move"),
+        (generation_that_cannot_be_loaded, (), "generation_config.json is invalid"),
         (change("fp16", True), ("--bf16", "true"), "fp16 is true as well; keep one"),
     ],
     ids=lambda value: None if isinstance(value, tuple) else getattr(value, "__name__", None),
 )
 def test_each_fault(fault, options, words, recipe, checked, tmp_path):
     """Beside a second one, without which there would be a model to trace."""
-    if "memory" not in words:
+    if "memory" not in words and "learning_rate" not in words:
         recipe["trainable_parameters"] = ["down_prj"]
     fault(recipe, tmp_path)
     code, text = checked(recipe, *options)

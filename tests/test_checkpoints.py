@@ -16,11 +16,14 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from conftest import build_model
 from core.runtime import environment
 from core.runtime.environment import versions
 from core.runtime.errors import INTERRUPTED, SAVED_ON_SIGNAL, USER_ERROR, RecipeError, exits_cleanly
+from core.runtime.output_folder import recipe_digest
 from core.training import stopping
-from core.training.checkpoints import MANIFEST, check_fits, checkpoint_to_resume, damage, newest_complete, seal
+from core.training.checkpoints import check_fits, checkpoint_to_resume, newest_complete
+from core.training.manifest import MANIFEST, Manifest, Origin, Trained, damage, seal
 from core.training.stopping import StopOnSignal
 from processes import CAN_MOUNT, in_fork
 from tiny_run import SAVE_EVERY, STEPS, Options, launch, outcome
@@ -32,6 +35,13 @@ def unbroken(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unbroken")
     assert launch(Options(str(folder))) == [0]
     return folder
+
+
+def origin(world_size: int, zero_stage: int | None, batch_per_update: int) -> Origin:
+    return Origin(world_size=world_size, zero_stage=zero_stage, batch_per_update=batch_per_update)
+
+
+ALONE = origin(1, None, 4)
 
 
 def assert_same_run(folder: Path, reference: Path) -> str | None:
@@ -56,11 +66,14 @@ def test_an_unbroken_run_keeps_the_newest_and_leaves_nothing_aside(unbroken):
     manifest = json.loads((unbroken / "checkpoint-8" / MANIFEST).read_text())
     assert manifest["step"] == 8 and manifest["world_size"] == 1 and manifest["zero_stage"] is None
     assert manifest["batch_per_update"] == 4
+    assert manifest["trained"]["tensors"] == 21 and manifest["recipe"] is None
     assert manifest["rows"] is None and manifest["versions"] == versions()
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= set(
         manifest["files"]
     )
     assert damage(unbroken / "checkpoint-8") is None
+    for folder in ("checkpoint-8", "final"):
+        assert json.loads((unbroken / folder / "config.json").read_text())["use_cache"] is True, "it trains without"
 
 
 # Where a save may be interrupted: while its folder fills, at the manifest, at the rename, and while an old one is
@@ -140,10 +153,24 @@ def another_step(newest: Path) -> str:
 
 def unreadable_manifest(newest: Path) -> str:
     (newest / MANIFEST).write_text("[1]")
-    return "its manifest.json cannot be read"
+    return "its manifest.json is damaged, or of another version of this project"
+
+
+def link_a_file(newest: Path) -> str:
+    shutil.move(newest / "optimizer.pt", newest.parent / "elsewhere.pt")
+    (newest / "optimizer.pt").symlink_to(newest.parent / "elsewhere.pt")
+    return "optimizer.pt is a symbolic link, which is not followed"
+
+
+def link_it(newest: Path) -> str:
+    (newest.parent / "elsewhere").mkdir()
+    newest.rename(newest.parent / "elsewhere" / newest.name)
+    newest.symlink_to(newest.parent / "elsewhere" / newest.name)
+    return "it is a symbolic link, which is not followed"
 
 
 DAMAGES = [truncate, lose_a_file, empty, add_a_file, flip_a_bit, half_written, another_step, unreadable_manifest]
+DAMAGES += [link_a_file, link_it]
 
 
 @pytest.mark.parametrize("spoil", DAMAGES, ids=lambda spoil: spoil.__name__)
@@ -213,7 +240,7 @@ def test_a_checkpoint_without_its_optimizer_is_refused(unbroken, tmp_path):
     shutil.copytree(unbroken / "checkpoint-6", tmp_path / "both" / "checkpoint-6")
     shutil.move(newest, tmp_path / "both" / "checkpoint-8")
     (tmp_path / "both" / "checkpoint-8" / MANIFEST).unlink()
-    seal(tmp_path / "both" / "checkpoint-8", 8, {})
+    seal(tmp_path / "both" / "checkpoint-8", 8, ALONE)
     assert newest_complete(tmp_path / "both") == str(tmp_path / "both" / "checkpoint-6")
 
 
@@ -229,32 +256,134 @@ def test_a_checkpoint_without_its_optimizer_is_refused(unbroken, tmp_path):
     ],
 )
 def test_which_launch_may_go_on(then, now, message, tmp_path):
-    keys = ("world_size", "zero_stage", "batch_per_update")
-    seal(tmp_path, 5, dict(zip(keys, then, strict=True)))
-    launched = dict(zip(keys, now, strict=True))
+    seal(tmp_path, 5, origin(*then))
     if message is None:
-        check_fits(tmp_path, launched)
+        check_fits(tmp_path, origin(*now))
     else:
         with pytest.raises(RecipeError, match=re.escape(message)):
-            check_fits(tmp_path, launched)
+            check_fits(tmp_path, origin(*now))
 
 
 def test_other_rows_are_refused_and_other_versions_told(tmp_path, caplog):
-    """A manifest of before they were kept has neither, and a trainer that was not told its rows has no digest."""
-    launched = {"world_size": 1, "zero_stage": None, "batch_per_update": 8}
-    ours = launched | {"rows": "a", "versions": {"torch": "2.9", "trl": "1.0", "peft": "0.18"}}
+    """A trainer that was not told its rows has no digest, which is held against none."""
+    unknown = Origin(world_size=1, zero_stage=None, batch_per_update=8)
+    versions = {"torch": "2.9", "trl": "1.0", "peft": "0.18"}
+    ours = unknown.model_copy(update={"rows": "a", "versions": versions})
     logging.enable_propagation()
-    for then in (launched, launched | {"rows": None, "versions": ours["versions"]}, ours):
+    for then in (unknown, unknown.model_copy(update={"versions": versions}), ours):
         seal(tmp_path, 5, then)
         check_fits(tmp_path, ours)
-    check_fits(tmp_path, launched | {"rows": None, "versions": ours["versions"]})
+    check_fits(tmp_path, unknown.model_copy(update={"versions": versions}))
     assert not caplog.records
-    check_fits(tmp_path, ours | {"versions": {"torch": "2.10", "trl": "1.0"}})
+    check_fits(tmp_path, ours.model_copy(update={"versions": {"torch": "2.10", "trl": "1.0"}}))
     assert f"other versions than {tmp_path} was saved with (torch 2.9 → 2.10, peft 0.18 → None)" in caplog.text
     assert len(caplog.records) == 1
     way_out = rf"put back .*, or train on .* \(model_name_or_path: {tmp_path}, another output_dir\)"
     with pytest.raises(RecipeError, match=f"{tmp_path} is of other training rows: .*; {way_out}"):
-        check_fits(tmp_path, ours | {"rows": "b"})
+        check_fits(tmp_path, ours.model_copy(update={"rows": "b"}))
+
+
+def test_other_trained_weights_and_another_reference_are_refused(tmp_path):
+    trained = [Trained.of(build_model()), Trained.of(build_model(intermediate_size=48))]
+    model = build_model()
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("down_proj" in name)
+    ours = ALONE.model_copy(update={"trained": trained[0], "reference": "v1-abc-float32"})
+    seal(tmp_path, 5, ours)
+    check_fits(tmp_path, ours)
+    for other, here in ((trained[1], 21), (Trained.of(model), 2)):
+        with pytest.raises(RecipeError, match=rf"other trained weights \(21 tensors there, {here} here"):
+            check_fits(tmp_path, ours.model_copy(update={"trained": other}))
+    with pytest.raises(RecipeError, match="is of another reference: the weights of model_name_or_path"):
+        check_fits(tmp_path, ours.model_copy(update={"reference": "v1-abd-float32"}))
+
+
+RECIPE = {
+    "model_name_or_path": "base", "learning_rate": 1e-6, "beta": 0.1, "lr_scheduler_type": "cosine", "seed": 1,
+    "weight_decay": 0.0, "dtype": "float32", "trainable_parameters": ["down_proj"], "pairs_per_update": 4,
+    "datasets": [{"path": "https://me:hunter2hunter2@host/a.jsonl"}], "output_dir": "a", "save_steps": 2,
+}  # fmt: skip
+
+
+def recipe_checkpoint(folder: Path, files: dict[str, str] | None = None) -> Path:
+    checkpoint = folder / "checkpoint-5"
+    for name, text in ({"optimizer.pt": "x"} if files is None else files).items():
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_text(text)
+    seal(checkpoint, 5, Origin.with_recipe(RECIPE, world_size=1, zero_stage=None, batch_per_update=4))
+    return checkpoint
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model_name_or_path", "other"), ("learning_rate", 0.5), ("beta", 0.2), ("lr_scheduler_type", "linear"),
+        ("seed", 2), ("weight_decay", 0.1), ("dtype", "bfloat16"), ("trainable_parameters", ["up_proj"]),
+        ("pairs_per_update", 8), ("datasets", [{"path": "b.jsonl"}]), ("max_steps", 9), ("beta", None),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_by_its_path_is_not_gone_on_with_by_another_recipe(key, value, tmp_path):
+    checkpoint = recipe_checkpoint(tmp_path)
+    ours = RECIPE | {key: value}
+    shown = [] if key == "datasets" else [f"({key}: {RECIPE.get(key)!r} there, {value!r} here)"]
+    with pytest.raises(RecipeError) as refused:
+        checkpoint_to_resume(str(checkpoint), tmp_path / "new", ours)
+    for part in [*shown, key, "is of another recipe", f"model_name_or_path: {checkpoint}, another output_dir"]:
+        assert part in str(refused.value)
+
+
+def test_what_does_not_change_the_run_may_change_and_is_said(tmp_path, capsys):
+    checkpoint = recipe_checkpoint(tmp_path)
+    assert "hunter2" not in (checkpoint / MANIFEST).read_text()
+    ours = RECIPE | {"output_dir": "b", "save_steps": 3, "resume_from_checkpoint": str(checkpoint), "max_steps": None}
+    assert checkpoint_to_resume(str(checkpoint), tmp_path / "new", ours) == str(checkpoint)
+    said = f"going on from {checkpoint}, with output_dir: 'a' there, 'b' here; save_steps: 2 there, 3 here\n"
+    assert capsys.readouterr().out == said
+    assert checkpoint_to_resume("auto", tmp_path, ours) == str(checkpoint)
+    with pytest.raises(RecipeError, match="beta: 0.1 there, 1 here"):
+        checkpoint_to_resume("auto", tmp_path, ours | {"beta": 1})
+
+
+def test_pickles_are_read_below_the_runs_own_folder_alone(tmp_path):
+    checkpoint = recipe_checkpoint(tmp_path / "stranger", {"global_step5/states.pt": "x"})
+    with pytest.raises(RecipeError, match=f"DeepSpeed unpickles .*output_dir: {checkpoint.parent}, resume_from_che"):
+        checkpoint_to_resume(str(checkpoint), tmp_path / "new", RECIPE)
+    (tmp_path / "new").symlink_to(tmp_path / "elsewhere")
+    assert checkpoint_to_resume(str(checkpoint), checkpoint.parent, RECIPE) == str(checkpoint)
+
+
+def test_no_flipped_bit_of_a_manifest_passes(tmp_path):
+    """All of them, one by one: each is damage, in a line, and none an error of another kind."""
+    checkpoint = recipe_checkpoint(tmp_path)
+    whole = (checkpoint / MANIFEST).read_bytes()
+    assert damage(checkpoint) is None and Manifest.read(checkpoint).recipe_digest == recipe_digest(RECIPE)
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError):
+            Manifest.parse(bytes(content))
+        if bit % 97 == 0:
+            (checkpoint / MANIFEST).write_bytes(content)
+            assert damage(checkpoint) == "its manifest.json is damaged, or of another version of this project", bit
+    for size in range(len(whole)):
+        with pytest.raises(ValueError):
+            Manifest.parse(whole[:size])
+
+
+def test_no_link_is_followed_when_a_checkpoint_is_saved(tmp_path, unbroken):
+    """`.saving`, the place of the new checkpoint and an old one lead to what is somebody else's."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "mine").write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".saving", "checkpoint-1", "checkpoint-2", "checkpoint-4"):
+        (folder / name).symlink_to(precious if name != "checkpoint-4" else tmp_path / "nowhere")
+    assert launch(Options(str(folder))) == [0]
+    assert_same_run(folder, unbroken)
+    assert os.listdir(precious) == ["mine"] and (precious / "mine").read_text() == "mine"
+    assert (folder / "checkpoint-1").is_symlink(), "it is not this run's to remove"
+    assert not (folder / ".saving").is_symlink() and damage(folder / "checkpoint-8") is None
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -392,6 +521,7 @@ sys.path[:0] = {sys.path!r}
 import os
 os.environ["ACCELERATE_USE_CPU"] = "true"
 from processes import CAN_MOUNT, in_fork
+from conftest import build_model
 from tiny_run import Options, run
 run(Options({str(tmp_path)!r}))
 END

@@ -30,32 +30,23 @@ def test_there_is_documentation_to_check():
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_paths_that_are_named_exist(path):
-    named = set(re.findall(PLACES, path.read_text(encoding="utf-8")))
-    missing = [name for name in sorted(named) if not (ROOT / name.rstrip(".")).exists() and "*" not in name]
-    assert not missing
+def test_paths_that_are_named_exist_and_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    named = {ROOT / name.rstrip(".") for name in re.findall(PLACES, text) if "*" not in name}
+    if path in MARKDOWN:
+        targets = re.findall(r"\]\(([^)#]+)\)", text)
+        named |= {path.parent / target for target in targets if "://" not in target}
+    assert not [name for name in named if not name.exists()]
 
 
-@pytest.mark.parametrize("path", MARKDOWN, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_lead_somewhere(path):
-    targets = re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8"))
-    missing = [target for target in targets if "://" not in target and not (path.parent / target).exists()]
-    assert not missing
-
-
-def test_make_targets_that_are_named_exist():
+def test_make_targets_that_are_named_exist_and_help_lists_every_one():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for path in TEXTS:
         named = set(re.findall(r"(?:^|[\s`])make ([a-z][a-z-]+)(?=[\s`]|$)", path.read_text(encoding="utf-8"), re.M))
         commands = named & {*targets, "check", "bench", "torture", "train", "test", "style"}
         assert commands <= targets, f"{path}: {commands - targets}"
-
-
-def test_make_help_lists_every_target():
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    command = ["make", "--no-print-directory", "help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {line.split()[0] for line in shown.splitlines()} == targets
     assert all(len(line.split()) > 3 for line in shown.splitlines())
 
@@ -86,12 +77,9 @@ def test_top_level_holds_what_it_should():
     assert {name.split("/")[0] for name in TRACKED if not name.startswith(".")} == expected
 
 
-def test_readme_is_short_enough_to_be_read():
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
-
-
-def test_readme_draws_the_rooms_and_says_where_to_read_first():
+def test_readme_is_short_draws_the_rooms_and_says_where_to_read_first():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
     rooms, files = text.split("holds that, and")[1].split("**Where to read first**")
     assert re.findall(r"^    ([a-z]+) ", rooms, re.M) == list(reversed(MAY_IMPORT))
     first = re.findall(r"^    (recipes/\S+\.py)", files, re.M)

@@ -38,22 +38,15 @@ def test_nothing_heavy_is_imported_before_the_environment_is_set():
     assert in_fresh_process(code) == "set()"
 
 
-def test_threads_are_this_processes_share(monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
-    for name in ("OMP_NUM_THREADS", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    environment.prepare_environment()
-    assert "OMP_NUM_THREADS" not in os.environ, "alone, torch may take all cores"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    environment.prepare_environment()
-    assert os.environ["OMP_NUM_THREADS"] == "4"
-    monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    environment.prepare_environment()
-    assert os.environ["OMP_NUM_THREADS"] == "3", "the user's own stays"
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    environment.prepare_environment()
-    assert os.environ["OMP_NUM_THREADS"] == "1"
+@pytest.mark.parametrize(
+    ("own", "processes", "threads"),
+    [(None, None, None), (None, "4", "4"), ("3", "4", "3"), (None, "64", "1")],  # alone, torch may take all cores
+)
+def test_threads_are_this_processes_share_of_16_cores(own, processes, threads):
+    code = (
+        f"import os; os.sched_getaffinity = lambda _: set(range(16)); {PREPARE}; print(os.getenv('OMP_NUM_THREADS'))"
+    )
+    assert in_fresh_process(code, OMP_NUM_THREADS=own, LOCAL_WORLD_SIZE=processes) == str(threads)
 
 
 @pytest.mark.parametrize(
@@ -113,20 +106,19 @@ def test_ctrl_c_where_there_is_nothing_to_save_is_a_line():
 
 
 @pytest.mark.parametrize("loaded_before", [True, False])
-def test_local_paths_take_the_libraries_offline(loaded_before, tmp_path):
+@pytest.mark.parametrize(("path", "offline"), [(str(RECIPES), True), ("mistralai/Mistral-7B-v0.1", False)])
+def test_local_paths_alone_take_the_libraries_offline(path, offline, loaded_before):
     """Whether they were imported before the switch or after it."""
     load = "import datasets, huggingface_hub, transformers\n"
     hub = "huggingface_hub.is_offline_mode(), transformers.utils.hub.is_offline_mode()"
     look = f"print({hub}, datasets.config.HF_HUB_OFFLINE)"
-    switch = f"from core.runtime import network; print(network.go_offline_if_local([{str(tmp_path)!r}, None]))\n"
+    places = [str(RECIPES), path, None]
+    switch = f"from core.runtime import network; print(network.go_offline_if_local({places}))\n"
     code = load + switch + look if loaded_before else switch + load + look
-    assert in_fresh_process(code, HF_HUB_OFFLINE=None) == "True\nTrue True True"
+    assert in_fresh_process(code, HF_HUB_OFFLINE=None) == f"{offline}\n{offline} {offline} {offline}"
 
 
-def test_a_name_of_the_hub_stays_online(tmp_path, monkeypatch):
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    assert not network.go_offline_if_local([str(tmp_path), "mistralai/Mistral-7B-v0.1"])
-    assert "HF_HUB_OFFLINE" not in os.environ
+def test_who_is_offline_stays_so(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert network.go_offline_if_local(["mistralai/Mistral-7B-v0.1"])
 
@@ -142,30 +134,37 @@ def test_a_saved_model_passes(model_folder):
     network.check_model_path(model_folder)
 
 
-@pytest.mark.parametrize("path", ["./runs/sft", "/no/such/model", "runs/quickstart/sft", "~/model"])
-def test_a_missing_folder(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("./runs/sft", "no such folder"),
+        ("/no/such/model", "no such folder"),
+        ("runs/quickstart/sft", "no such folder"),
+        ("~/model", "no such folder"),
+        ("EMPTY", "the folder has no config.json"),
+        ("nobody/no-such-model", "neither a folder here nor in the Hub's cache, and the run is offline"),
+    ],
+)
+def test_what_is_no_model(path, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)  # where no earlier run has left a model
-    with pytest.raises(RecipeError, match=f"model {path}: no such folder"):
+    path = path.replace("EMPTY", str(tmp_path))
+    with pytest.raises(RecipeError, match=f"model {path}: .*{message}"):
         network.check_model_path(path)
 
 
-def test_a_folder_without_a_model(tmp_path):
-    with pytest.raises(RecipeError, match="the folder has no config.json"):
-        network.check_model_path(str(tmp_path))
-
-
-def test_offline_a_hub_name_is_looked_up_in_the_cache_alone(monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(RecipeError, match="neither a folder here nor in the Hub's cache, and the run is offline"):
-        network.check_model_path("nobody/no-such-model")
+def set_proxies(monkeypatch, proxies):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
 
 
 def test_online_without_a_network_nothing_is_tried_again(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
+    set_proxies(monkeypatch, {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
@@ -190,10 +189,7 @@ def web_server():
     [({}, True), ({"http_proxy": REFUSES}, False), ({"http_proxy": REFUSES, "no_proxy": "*"}, True)],
 )
 def test_a_server_is_asked_through_the_proxy_that_is_set(proxies, reached, monkeypatch):
-    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
-        monkeypatch.delenv(name)
-    for name, value in proxies.items():
-        monkeypatch.setenv(name, value)
+    set_proxies(monkeypatch, proxies)
     with web_server() as address:
         assert network.answers(address) is reached
 

@@ -21,6 +21,7 @@ from core.data import preferences
 from core.runtime.text import did_you_mean
 
 ROOT = Path(__file__).parents[1]
+HEAVY = {"torch", "trl", "transformers", "datasets"}
 KINDS = [("dpo", DPOConfig), ("sft", SFTConfig), ("evaluate", DPOConfig)]
 
 
@@ -43,16 +44,14 @@ def test_the_source_of_trl_is_read_as_it_is(kind, config):
             pydantic.TypeAdapter(keys_of(kind)[name].type).validate_python(default, strict=True)
 
 
-def test_every_range_is_of_an_accepted_key():
-    assert set(RANGES) <= set(ACCEPTED["dpo"]) | set(ACCEPTED["sft"])
-
-
 def test_one_default_holds_for_both_stages_where_the_checks_read_it():
     differ = {name for name, key in ACCEPTED["sft"].items() if key.default != DEFAULTS[name]}
     assert differ == {"learning_rate", "loss_type"}
 
 
-def test_the_ranges_agree_with_transformers_on_choices():
+def test_the_ranges_are_of_accepted_keys_and_agree_with_transformers_on_choices():
+    assert set(RANGES) <= set(ACCEPTED["dpo"]) | set(ACCEPTED["sft"])
+
     def choices(key: str) -> set[str]:
         return set(typing.get_args(RANGES[key]))
 
@@ -81,11 +80,15 @@ def test_the_reference_is_what_the_code_says():
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft", "evaluate"])
-def test_every_key_is_described_and_its_example_is_in_range(kind):
-    keys = keys_of(kind)
-    assert len(keys) > 100
+def test_every_key_is_described_and_helped_with_and_its_example_is_in_range(kind, capsys):
+    with pytest.raises(SystemExit) as ended:
+        look_over(kind, ["--help"])
+    assert ended.value.code == 0
+    printed, keys = capsys.readouterr().out, keys_of(kind)
+    assert f"recipes/{kind}.py" in printed and len(keys) > 100
     for name, key in keys.items():
         assert key.description and "\n" not in key.description, name
+        assert (f"- `{name}`: {key.description} (" in printed) == (not name.startswith("eval_datasets.")), name
         if key.example:
             value, _ = load(key.example, name)
             assert value != key.default, f"{name}: an example of the default shows nothing"
@@ -94,38 +97,21 @@ def test_every_key_is_described_and_its_example_is_in_range(kind):
             assert not key.ours or any(other.startswith(f"{name}.") for other in keys), f"{name} has no example"
 
 
-@pytest.mark.parametrize("kind", ["dpo", "sft", "evaluate"])
-def test_help(kind, capsys):
-    with pytest.raises(SystemExit) as ended:
-        look_over(kind, ["--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert f"recipes/{kind}.py" in printed
-    for name, key in keys_of(kind).items():
-        line = f"- `{name}`: {key.description} ("
-        assert (line in printed) == (not name.startswith("eval_datasets.")), name
-
-
-@pytest.mark.parametrize("argument", ["--help", "--config"])
-@pytest.mark.parametrize("script", ["dpo.py", "sft.py", "evaluate.py"])
-def test_help_and_a_misspelt_key_need_neither_torch_nor_trl(script, argument, tmp_path):
+@pytest.mark.parametrize("script", ["dpo.py", "sft.py", "evaluate.py", "check.py"])
+def test_help_and_a_misspelt_key_need_neither_torch_nor_trl(script, tmp_path):
     """They take seconds to import, under a launcher in every process."""
+    done, imported = run(script, "--help")
+    assert done.returncode == 0 and "- `learning_rate`: " in done.stdout
+    assert ("--gpu_memory" in done.stdout) == (script == "check.py")
+    assert "core.config.keys" in imported and not HEAVY & imported
+    if script == "check.py":  # which goes on with what is right
+        return
     recipe = tmp_path / "my.yaml"
     recipe.write_text("model_name_or_path: tiny\noutput_dir: o\ndatasets: [{path: x}]\nlerning_rate: 1\n")
-    done, imported = run(script, argument, str(recipe))
-    if argument == "--help":
-        assert done.returncode == 0 and "- `learning_rate`: " in done.stdout
-    else:
-        assert done.returncode == 2
-        assert "line 4: lerning_rate: unknown key; did you mean learning_rate?" in done.stderr
-    assert "core.config.keys" in imported
-    assert not {"torch", "trl", "transformers", "datasets"} & imported
-
-
-def test_help_of_check():
-    done, imported = run("check.py", "--help")
-    assert done.returncode == 0 and "--gpu_memory" in done.stdout and "- `margin.preset`: " in done.stdout
-    assert not {"torch", "trl", "transformers", "datasets"} & imported
+    done, imported = run(script, "--config", str(recipe))
+    assert done.returncode == 2
+    assert "line 4: lerning_rate: unknown key; did you mean learning_rate?" in done.stderr
+    assert "core.config.keys" in imported and not HEAVY & imported
 
 
 def run(script: str, *argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:

@@ -41,21 +41,18 @@ def test_every_configuration_is_there():
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_accelerate_accepts_every_key(config):
+def test_accelerate_accepts_every_key_and_arrives_at_what_the_file_says(config):
     """
     accelerate refuses unknown keys at the top level; inside `deepspeed_config` it takes anything, so these are held
     against the launcher's own arguments.
     """
-    loaded = load_config_from_file(str(config))
-    known = vars(launch_command_parser().parse_args(["x.py"]))
-    assert set(loaded.deepspeed_config) <= set(known)
-    assert config.read_text().startswith("# ")
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_the_launcher_arrives_at_what_the_file_says(config):
-    said = yaml.safe_load(config.read_text())
-    arguments = launch_arguments(config)
+    assert (
+        set(load_config_from_file(str(config)).deepspeed_config)
+        <= vars(launch_command_parser().parse_args(["x"])).keys()
+    )
+    text = config.read_text()
+    said, arguments = yaml.safe_load(text), launch_arguments(config)
+    assert text.startswith("# ")
     assert arguments.num_processes == said["num_processes"]
     assert arguments.num_machines == said["num_machines"]
     assert bool(arguments.use_deepspeed) == (said["distributed_type"] == "DEEPSPEED")
@@ -80,14 +77,12 @@ def test_whether_the_launch_config_is_one_of_deepspeed(config, asked, monkeypatc
 
 def test_the_world_is_the_one_of_the_recipe(monkeypatch):
     """`accelerate launch --cpu` with a DeepSpeed configuration starts a single process."""
-    launching.check_launched({}, num_processes=1)
-    with pytest.raises(RecipeError, match="num_processes: 2, but 1 started"):
-        launching.check_launched({}, num_processes=2)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    launching.check_launched({}, num_processes=2)
-    with pytest.raises(RecipeError, match="the recipe is for num_processes: 4, but 2 started") as refused:
-        launching.check_launched({}, num_processes=4)
-    assert refused.value.everywhere
+    for started, wanted in (1, 2), (2, 4):
+        monkeypatch.setenv("WORLD_SIZE", str(started))
+        launching.check_launched({}, num_processes=started)
+        with pytest.raises(RecipeError, match=f"is for num_processes: {wanted}, but {started} started") as refused:
+            launching.check_launched({}, num_processes=wanted)
+        assert refused.value.everywhere
 
 
 # ------------------------------------------------------------------------------------------------- the Makefile
@@ -130,6 +125,7 @@ def test_a_variable_in_small_letters_is_refused():
 # ---------------------------------------------------------------------------------------------------- launch.sh
 
 CPU, NODES = FOLDER / "zero3-cpu.yaml", FOLDER / "zero3-nodes.yaml"
+TINY = "tests/tiny_run.py"
 ONE, GPU = "accelerate_configs/cpu.yaml", "accelerate_configs/gpu.yaml"
 
 
@@ -158,41 +154,70 @@ def stand_ins(tmp_path) -> Path:
 
 
 def start(
-    stand_ins: Path, *arguments: str | Path, script: Path = LAUNCH, **environment: str
+    stand_ins: Path, config: str | Path, *arguments: str, script: str = "launch.sh", **environment: str
 ) -> subprocess.CompletedProcess:
     set_outside = re.compile("(SLURM|SRUN)_.*|NODES|CUDA_VISIBLE_DEVICES")
     env = {name: value for name, value in os.environ.items() if not set_outside.fullmatch(name)}
     env |= {"PATH": f"{stand_ins}:{os.environ['PATH']}"} | environment
-    return subprocess.run(
-        ["bash", script, *map(str, arguments)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
-    )
+    words = ["bash", f"recipes/{script}", str(config), *(arguments or [TINY])]
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
 
 
 def options_of(done: subprocess.CompletedProcess) -> dict[str, str]:
     """The options that the stand-in for `python recipes/core/runtime/accelerate_launch.py` was given."""
     assert done.returncode == 0, done.stderr
     words = done.stdout.split("accelerate_launch.py ")[1].split()
-    return {words[place]: words[place + 1] for place in range(0, words.index("tests/tiny_run.py"), 2)}
+    return {words[place]: words[place + 1] for place in range(0, words.index(TINY), 2)}
 
 
-@pytest.mark.parametrize("nodes", ["gpu-a gpu-b gpu-c", "gpu-a,gpu-b,gpu-c", "gpu-a\ngpu-b\ngpu-c\n", "file"])
-def test_a_node_derives_its_place(nodes, stand_ins, tmp_path):
-    """This is gpu-b of three nodes with eight GPUs each: rank 1, 24 processes, meeting at gpu-a."""
-    if nodes == "file":
-        (tmp_path / "hosts").write_text("gpu-a slots=8\ngpu-b slots=8\ngpu-c slots=8\n")
-        nodes = str(tmp_path / "hosts")
-    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", "--beta", "0.1", NODES=nodes))
-    assert options["--num_machines"] == "3"
-    assert options["--num_processes"] == "24"
-    assert options["--machine_rank"] == "1"
-    assert options["--main_process_ip"] == "gpu-a"
-    assert options["--config_file"] == str(NODES)
-    assert 20000 <= int(options["--main_process_port"]) < 30000
+SLURM = {"SLURM_JOB_NODELIST": "gpu-[a-b]"}
+# What launch.sh is given → nodes, processes in all, this node's rank and the first node.
+PLACES = [
+    *((NODES, {"NODES": nodes}, (3, 24, 1, "gpu-a")) for nodes in ("gpu-a gpu-b gpu-c", "gpu-a,gpu-b,gpu-c", "HOSTS")),
+    (NODES, {"NODES": "gpu-a\ngpu-b\ngpu-c\n"}, (3, 24, 1, "gpu-a")),
+    ("accelerate_configs/zero3.yaml", {}, (1, 8, 0, None)),  # one node needs no list
+    ("accelerate_configs/zero3.yaml", {"CUDA_VISIBLE_DEVICES": "2,5"}, (1, 2, 0, None)),
+    # `distributed_type: NO`, quoted or not: accelerate starts a single process whatever --num_processes says.
+    (GPU, {}, (1, 1, 0, None)),
+    (GPU, {"CUDA_VISIBLE_DEVICES": "3,4", "PROCESSES_PER_NODE": "1"}, (1, 1, 0, None)),
+    (ONE, {}, (1, 1, 0, None)),
+    (CPU, {}, (1, 2, 0, None)),  # the processes of a CPU config are shared out
+    (CPU, {"NODES": "gpu-a gpu-b"}, (2, 2, 1, "gpu-a")),
+    (NODES, SLURM | {"SLURM_NODEID": "1"}, (2, 16, 1, "gpu-a")),
+    (NODES, SLURM, (2, 16, 1, "gpu-a")),  # an salloc's shell has no SLURM_NODEID
+    # A list that is given counts over Slurm's, of which SLURM_NODEID says that this is the first.
+    (NODES, SLURM | {"SLURM_NODEID": "0", "NODES": "gpu-c gpu-a gpu-b"}, (3, 24, 2, "gpu-c")),
+]
+
+
+@pytest.mark.parametrize(("config", "environment", "place"), PLACES)
+def test_a_node_derives_its_place(config, environment, place, stand_ins, tmp_path):
+    """This is gpu-b, with eight GPUs as every node."""
+    (tmp_path / "hosts").write_text("gpu-a slots=8\ngpu-b slots=8\ngpu-c slots=8\n")
+    environment = {name: value.replace("HOSTS", str(tmp_path / "hosts")) for name, value in environment.items()}
+    done = start(stand_ins, config, TINY, "--beta", "0.1", **environment)
+    options = options_of(done)
+    assert options["--config_file"] == str(config)
+    nodes, processes, rank, first = place
+    named = ("--num_machines", "--num_processes", "--machine_rank")
+    assert [options[name] for name in named] == [str(nodes), str(processes), str(rank)]
+    if first is not None:
+        assert options["--main_process_ip"] == first and 20000 <= int(options["--main_process_port"]) < 30000
+
+
+def test_a_config_of_one_process_takes_one_gpu_and_says_so(stand_ins):
+    gpu = start(stand_ins, GPU).stdout
+    assert gpu.startswith(f"note: {GPU} uses one of 8 GPUs; ddp.yaml and zero3.yaml use all\n")
+    assert ": 1 processes, 1 in all" in gpu and "GPUs: 0 " in gpu
+    third = start(stand_ins, GPU, CUDA_VISIBLE_DEVICES="3,4", PROCESSES_PER_NODE="1").stdout
+    assert "GPUs: 3 " in third
+    cpu = start(stand_ins, ONE).stdout
+    assert "note:" not in cpu and "GPUs: all " in cpu
 
 
 def test_every_node_derives_the_same_port_and_another_job_another(stand_ins):
     def port(**environment: str) -> str:
-        return options_of(start(stand_ins, NODES, "tests/tiny_run.py", **environment))["--main_process_port"]
+        return options_of(start(stand_ins, NODES, **environment))["--main_process_port"]
 
     first = port(NODES="gpu-a gpu-b", NODE_RANK="0")
     assert first == port(NODES="gpu-a,gpu-b", NODE_RANK="1")
@@ -204,92 +229,49 @@ def test_the_first_node_is_waited_for_as_long_as_is_said(stand_ins):
     (stand_ins / "timeout").unlink()
     port = free_port()
     late = {"NODES": "127.0.0.1 gpu-b", "PORT": str(port), "START_SECONDS": "2"}
-    done = start(stand_ins, NODES, "tests/tiny_run.py", **late)
+    done = start(stand_ins, NODES, **late)
     assert done.returncode == 2
     assert f"did not meet at 127.0.0.1:{port} in 2 s; start the same command on each" in done.stderr
     servers: list[socket.socket] = []
     begins = threading.Timer(1, lambda: servers.append(socket.create_server(("127.0.0.1", port))))
     begins.start()
-    assert options_of(start(stand_ins, NODES, "tests/tiny_run.py", **late | {"START_SECONDS": "20"}))
+    assert options_of(start(stand_ins, NODES, **late | {"START_SECONDS": "20"}))
     begins.join()
     servers[0].close()
 
 
-def test_one_node_needs_no_list(stand_ins):
-    options = options_of(start(stand_ins, FOLDER / "zero3.yaml", "tests/tiny_run.py"))
-    assert (options["--num_machines"], options["--num_processes"], options["--machine_rank"]) == ("1", "8", "0")
-    two = start(stand_ins, FOLDER / "zero3.yaml", "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="2,5")
-    assert options_of(two)["--num_processes"] == "2"
+@pytest.mark.parametrize(
+    ("config", "environment", "message"),
+    [
+        (NODES, {"NODES": "gpu-x gpu-y"}, "none of NODES (gpu-x gpu-y) is a name or address"),
+        (NODES, {"NODES": "gpu-b gpu-b"}, "NODES holds this node twice"),
+        (NODES, {"NODES": "a b", "NODE_RANK": "2"}, "NODE_RANK 2, but NODES are 2"),
+        ("no.yaml", {}, "no.yaml: no such launch config"),
+        ("accelerate_configs/zero3.yaml", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
+        (NODES, {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
+        (NODES, {"NODES": "no.invalid gpu-b"}, "no.invalid, is no name that gpu-b knows"),
+        (GPU, {"PROCESSES_PER_NODE": "4"}, "PROCESSES_PER_NODE is 4, but"),
+        (GPU, {"NODES": "gpu-a gpu-b"}, "is for one process; take zero3-nodes.yaml"),
+        (ONE, {"NODES": "gpu-a gpu-b"}, "but accelerate_configs/cpu.yaml is for one"),
+        (ONE, {"NODES": "a gpu-b", "PROCESSES_PER_NODE": "1"}, "NODES are 2 (a gpu-b), but"),
+        (CPU, {"NODES": "gpu-a gpu-b gpu-c"}, "2 processes cannot be shared out to 3 nodes"),
+    ],
+)
+def test_what_cannot_start_is_told(config, environment, message, stand_ins):
+    assert message in told(start(stand_ins, config, **environment))
 
 
-def test_a_config_of_one_process_starts_one(stand_ins):
-    """`distributed_type: NO`, quoted or not: accelerate starts a single process whatever --num_processes says."""
-    gpu = start(stand_ins, GPU, "tests/tiny_run.py")
-    assert options_of(gpu)["--num_processes"] == "1" and ": 1 processes, 1 in all" in gpu.stdout
-    assert gpu.stdout.startswith(f"note: {GPU} uses one of 8 GPUs; ddp.yaml and zero3.yaml use all\n")
-    assert "GPUs: 0 " in gpu.stdout
-    third = start(stand_ins, GPU, "tests/tiny_run.py", CUDA_VISIBLE_DEVICES="3,4", PROCESSES_PER_NODE="1")
-    assert options_of(third)["--num_processes"] == "1" and "GPUs: 3 " in third.stdout
-    cpu = start(stand_ins, ONE, "tests/tiny_run.py")
-    assert options_of(cpu)["--num_processes"] == "1" and "note:" not in cpu.stdout and "GPUs: all " in cpu.stdout
-
-
-def test_processes_of_a_cpu_config_are_shared_out(stand_ins):
-    assert options_of(start(stand_ins, CPU, "tests/tiny_run.py"))["--num_processes"] == "2"
-    options = options_of(start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b"))
-    assert (options["--num_processes"], options["--num_machines"]) == ("2", "2")
-    three = start(stand_ins, CPU, "tests/tiny_run.py", NODES="gpu-a gpu-b gpu-c")
-    assert three.returncode == 2 and "2 processes cannot be shared out to 3 nodes" in three.stderr
-
-
-def test_slurm_says_which_node_this_is(stand_ins):
-    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NODEID": "1", "SLURM_JOB_ID": "77"}
-    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", **slurm))
-    assert (options["--machine_rank"], options["--num_processes"]) == ("1", "16")
-    assert options["--main_process_ip"] == "gpu-a"
-
-
-def test_a_list_that_is_given_counts_over_slurms(stand_ins):
-    """Slurm's is gpu-a and gpu-b, of which SLURM_NODEID says that this is the first; the list given has three."""
-    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_NODEID": "0"}
-    options = options_of(start(stand_ins, NODES, "tests/tiny_run.py", NODES="gpu-c gpu-a gpu-b", **slurm))
-    assert (options["--machine_rank"], options["--num_machines"]) == ("2", "3")
-    assert options["--main_process_ip"] == "gpu-c"
-
-
-def test_a_slurm_job_without_srun_or_scontrol(stand_ins):
-    """An salloc's shell has no SLURM_NODEID, and a container often no scontrol."""
-    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]"}
-    assert options_of(start(stand_ins, NODES, "tests/tiny_run.py", **slurm))["--machine_rank"] == "1"
-    (stand_ins / "scontrol").unlink()
-    done = start(stand_ins, NODES, "tests/tiny_run.py", SLURM_NODEID="1", **slurm)
-    assert done.returncode == 2
-    assert done.stderr == (
+def test_what_is_not_there_is_told(stand_ins):
+    assert "recipes/no.py: no such script" in told(start(stand_ins, NODES, "recipes/no.py"))
+    (stand_ins / "scontrol").unlink()  # a container often has none
+    assert told(start(stand_ins, NODES, **SLURM)) == (
         "error: no scontrol on gpu-b that could read the Slurm job's list of nodes, gpu-[a-b]; set NODES\n"
     )
 
 
-@pytest.mark.parametrize(
-    ("config", "script", "environment", "message"),
-    [
-        (NODES, "tests/tiny_run.py", {"NODES": "gpu-x gpu-y"}, "none of NODES (gpu-x gpu-y) is a name or address"),
-        (NODES, "tests/tiny_run.py", {"NODES": "gpu-b gpu-b"}, "NODES holds this node twice"),
-        (NODES, "tests/tiny_run.py", {"NODES": "a b", "NODE_RANK": "2"}, "NODE_RANK 2, but NODES are 2"),
-        (NODES, "recipes/no.py", {}, "recipes/no.py: no such script"),
-        ("no.yaml", "tests/tiny_run.py", {}, "no.yaml: no such launch config"),
-        ("accelerate_configs/zero3.yaml", "tests/tiny_run.py", {"NODES": "a gpu-b"}, "take zero3-nodes.yaml"),
-        (NODES, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "0"}, "no GPU on gpu-b"),
-        (NODES, "tests/tiny_run.py", {"NODES": "no.invalid gpu-b"}, "no.invalid, is no name that gpu-b knows"),
-        (GPU, "tests/tiny_run.py", {"PROCESSES_PER_NODE": "4"}, "PROCESSES_PER_NODE is 4, but"),
-        (GPU, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "is for one process; take zero3-nodes.yaml"),
-        (ONE, "tests/tiny_run.py", {"NODES": "gpu-a gpu-b"}, "but accelerate_configs/cpu.yaml is for one"),
-        (ONE, "tests/tiny_run.py", {"NODES": "a gpu-b", "PROCESSES_PER_NODE": "1"}, "NODES are 2 (a gpu-b), but"),
-    ],
-)
-def test_what_cannot_start_is_told(config, script, environment, message, stand_ins):
-    done = start(stand_ins, config, script, **environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and message in done.stderr and done.stderr.count("\n") == 1
+def told(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr
 
 
 @pytest.mark.parametrize(
@@ -306,7 +288,7 @@ def test_what_cannot_start_is_told(config, script, environment, message, stand_i
 def test_a_signal_before_there_is_a_run(name, command, script, code, stand_ins, tmp_path):
     (stand_ins / command).write_text(f"#!/bin/bash\n{script.replace('ready', str(tmp_path / 'ready'))}\n")
     env = os.environ | {"PATH": f"{stand_ins}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    words = ["bash", LAUNCH, "accelerate_configs/zero3.yaml", "tests/tiny_run.py"]
+    words = ["bash", LAUNCH, "accelerate_configs/zero3.yaml", TINY]
     process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "ready").exists():
         time.sleep(0.01)
@@ -317,20 +299,14 @@ def test_a_signal_before_there_is_a_run(name, command, script, code, stand_ins, 
     assert (f"stopped by {name} before the start; start again as before\n" in output) == (code == 75)
 
 
-@pytest.mark.parametrize(("code", "requeued"), [("0", False), ("1", False), ("75", True)])
-def test_slurm_puts_a_saved_job_back_into_the_queue(code, requeued, stand_ins):
-    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "SRUN_CODE": code}
-    done = start(stand_ins, NODES, "tests/tiny_run.py", script=ROOT / "recipes" / "launch.slurm", **slurm)
-    assert done.returncode == int(code)
+@pytest.mark.parametrize(("code", "requeued", "cores"), [("0", False, "64"), ("1", False, None), ("75", True, None)])
+def test_slurm_gives_a_task_its_cores_and_puts_a_saved_job_back_into_the_queue(code, requeued, cores, stand_ins):
+    slurm = SLURM | {"SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT), "SRUN_CODE": code}
+    slurm |= {"SLURM_CPUS_PER_TASK": cores} if cores else {}
+    done = start(stand_ins, NODES, script="launch.slurm", **slurm)
+    assert done.returncode == int(code) and f"srun: {cores or 'no'} cores\n" in done.stdout
     assert ("scontrol requeue 77" in done.stdout) == requeued
-    assert "tests/tiny_run.py --resume_from_checkpoint auto" in done.stdout
-
-
-@pytest.mark.parametrize(("asked", "given"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "no")])
-def test_the_cores_of_a_slurm_job_reach_its_tasks(asked, given, stand_ins):
-    slurm = {"SLURM_JOB_NODELIST": "gpu-[a-b]", "SLURM_JOB_ID": "77", "SLURM_SUBMIT_DIR": str(ROOT)} | asked
-    done = start(stand_ins, NODES, "tests/tiny_run.py", script=ROOT / "recipes" / "launch.slurm", **slurm)
-    assert done.returncode == 0 and f"srun: {given} cores\n" in done.stdout
+    assert f"{TINY} --resume_from_checkpoint auto" in done.stdout
 
 
 def test_the_log_of_a_slurm_job_is_in_a_folder_that_a_clone_has():
@@ -353,7 +329,7 @@ def nodes():
     started: list[Node] = []
 
     def begin(prefix: list[str], environment: dict[str, str], config: Path, **options) -> Node:
-        arguments = ["tests/tiny_run.py", json.dumps(options)]
+        arguments = [TINY, json.dumps(options)]
         started.append(Node(prefix, environment | {"HF_HUB_OFFLINE": "1"}, config, arguments))
         return started[-1]
 
@@ -454,31 +430,26 @@ def test_no_process_trains_on_without_its_launcher(whom, nodes, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the last line
 
 
+def ended(folder: Path, head: str, ending: str, *launcher: str | Path) -> subprocess.CompletedProcess:
+    """Two processes under a launcher, of which the second ends like this."""
+    script = folder / "ends.py"
+    script.write_text(f"{head}\nimport os, sys, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)\n")
+    command, env = [*launcher, CPU, script], user_environment()
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("ending", "code"), [("os.kill(os.getpid(), 9)", 1), ("sys.exit(4)", 1), ("leave(75)", 75)])
 def test_a_crash_is_not_taken_for_the_signal_that_ends_the_others(ending, code, tmp_path):
     """torch's launcher ends the first process by SIGTERM, which it answers as one that is saved: with 75."""
-    script = tmp_path / "ends.py"
-    lines = ["import os, sys, time", f"sys.path[:0] = [{str(ROOT / 'recipes')!r}]"]
-    lines += [
-        "from core.runtime.environment import prepare_environment",
-        "from core.runtime.errors import leave",
-        "prepare_environment()",
-    ]
-    lines += ["if os.environ['RANK'] == '1':", "    time.sleep(1)", f"    {ending}", "time.sleep(60)"]
-    script.write_text("\n".join(lines))
-    command = ["bash", LAUNCH, CPU, script]
-    done = subprocess.run(command, cwd=ROOT, env=user_environment(), capture_output=True, text=True, timeout=60)
+    head = f"""import sys
+sys.path[:0] = [{str(ROOT / "recipes")!r}]
+from core.runtime.environment import prepare_environment
+from core.runtime.errors import leave
+prepare_environment()"""
+    done = ended(tmp_path, head, f"time.sleep(1); {ending}", "bash", LAUNCH)
     assert "stopped by SIGTERM before the first update" in done.stdout
     assert done.returncode == code, done.stderr
-
-
-def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
-    """Two processes under torch's launcher, of which the second ends like this."""
-    script = folder / "ends.py"
-    script.write_text(f"import os, time\nif os.environ['RANK'] == '1':\n    {ending}\ntime.sleep(60)\n")
-    command = [sys.executable, ROOT / "recipes/core/runtime/accelerate_launch.py", "--config_file", CPU, script]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.slow
@@ -490,7 +461,8 @@ def failing_launch(folder: Path, ending: str) -> subprocess.CompletedProcess:
     ],
 )
 def test_a_failed_process_is_told_in_a_line(ending, line, tmp_path):
-    done = failing_launch(tmp_path, ending)
+    launcher = ROOT / "recipes/core/runtime/accelerate_launch.py"
+    done = ended(tmp_path, "", ending, sys.executable, launcher, "--config_file")
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == line
     assert "Traceback" not in done.stderr

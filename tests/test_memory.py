@@ -5,15 +5,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conftest import build_model
+from core.modeling.precision import precision_of
 from core.planning.disk import Room, Saved, check_room, checkpoints_kept, room_for, updates_in_all
-from core.planning.memory import Work, phases, states
+from core.planning.memory import PROOF, Work, phases, states
 from core.runtime.errors import RecipeError
 from core.runtime.launching import Launch
 
 N, P = 7_241_732_096, 1_879_048_192  # Mistral-7B, and its down_proj: 32 x 4096 x 14336
 ZERO3 = Launch("zero3.yaml", "DEEPSPEED", 2, zero_stage=3)
+WIDE = precision_of(torch.bfloat16, "no", deepspeed=False)
+MIXED = precision_of(torch.bfloat16, "bf16", deepspeed=False)
+UNDER_DEEPSPEED = precision_of(torch.float32, "bf16", deepspeed=True)
 
 
 def by_name(parts):
@@ -25,7 +30,7 @@ def test_zero3_in_bf16_by_hand():
     Two GPUs: weights N·2/2; gathered 1.05e9·2, since N is more; gradients P·2/2; masters P·4/2; Adam 2·P·4/2; bucket
     and its copy 5e8·2 each. A gathering fetches 5e7·2 at a time; the update casts P/2 gradients to float32: P/2·4.
     """
-    work = Work(ZERO3, half=True, weight_bytes=2, optim="adamw_torch_fused")
+    work = Work(ZERO3, UNDER_DEEPSPEED, optim="adamw_torch_fused")
     assert by_name(states(N, P, work)) == {
         "weights": 7_241_732_096,
         "gathered weights": 2_100_000_000,
@@ -40,37 +45,46 @@ def test_zero3_in_bf16_by_hand():
         "forward and backward": 123,
         "gathering of weights": 100_000_000,
         "update": 3_758_096_384,
-        "proof of what was saved": 14_483_464_192 + 456,
+        PROOF: 14_483_464_192 + 456,
     }
 
 
 def test_zero2_and_offload_by_hand():
     """ZeRO-2 splits all but the weights over 4; an offloaded optimizer leaves the GPU with weights and a bucket."""
-    zero2 = Work(Launch("x", "DEEPSPEED", 4, zero_stage=2), half=True, weight_bytes=4, optim="adamw_torch")
+    zero2 = Work(Launch("x", "DEEPSPEED", 4, zero_stage=2), UNDER_DEEPSPEED, optim="adamw_torch")
     expected = {"weights": 2000, "gradients": 500, "master weights": 1000, "optimizer": 2000}
     assert by_name(states(1000, 1000, zero2)) == expected | {"reduction bucket": 1e9}
     offload = Launch("x", "DEEPSPEED", 4, zero_stage=3, offload_optimizer=True, offload_param=True)
-    parts = states(1000, 1000, Work(offload, half=True, weight_bytes=2, optim="adamw_torch"))
+    parts = states(1000, 1000, Work(offload, UNDER_DEEPSPEED, optim="adamw_torch"))
     assert {part.name for part in parts if part.on_host} == {"weights", "gradients", "master weights", "optimizer"}
 
 
 def test_without_deepspeed_by_hand():
-    """float32: 4 + 4 + 8 bytes; DDP keeps each gradient twice; a model in bfloat16 has a bfloat16 optimizer."""
-    alone = Launch("x", "NO", 1)
-    work = Work(alone, half=True, weight_bytes=4, optim="adamw_torch")
+    """All in float32: 4 + 4 + 8 bytes. In bf16: 50·2 frozen and 50·4 trained; DDP keeps each gradient twice."""
+    work = Work(Launch("x", "NO", 1, use_cpu=True), WIDE, optim="adamw_torch")
     assert by_name(states(100, 50, work)) == {"weights": 400, "gradients": 200, "optimizer": 400}
     # When the saved weights are loaded beside the trained ones, the gradients are gone.
-    assert by_name(phases(100, 50, 123, 456, work)) == {
-        "forward and backward": 123, "proof of what was saved": 400 + 456 - 200,
-    }  # fmt: skip
-    ddp = Work(Launch("x", "MULTI_GPU", 2), half=True, weight_bytes=2, optim="sgd", live_reference=True)
-    assert by_name(states(100, 50, ddp)) == {"weights": 200, "gradients": 200, "optimizer": 0, "reference model": 200}
+    assert by_name(phases(100, 50, 123, 456, work)) == {"forward and backward": 123, PROOF: 400 + 456 - 200}
+    ddp = Work(Launch("x", "MULTI_GPU", 2), MIXED, optim="sgd", live_reference=True)
+    assert by_name(states(100, 50, ddp)) == {"weights": 300, "gradients": 400, "optimizer": 0, "reference model": 300}
+    assert [part.name for part in phases(100, 50, 1, 2, ddp) if part.on_host] == [PROOF], "no GPU has a second model"
+
+
+def test_down_proj_of_a_7b_on_one_gpu():
+    """5.36e9 frozen weights of 2 bytes are 10.7 GB; 1.88e9 trained ones of 4 + 4 + 8 bytes are 30.1 GB: 40.8 GB."""
+    parts = by_name(states(N, P, Work(Launch("gpu.yaml", "NO", 1), MIXED, optim="adamw_torch_fused")))
+    assert parts == {
+        "weights": 5_362_683_904 * 2 + 1_879_048_192 * 4,
+        "gradients": 1_879_048_192 * 4,
+        "optimizer": 1_879_048_192 * 8,
+    }
+    assert sum(parts.values()) == 40_790_138_880
 
 
 def test_zero3_in_float32_shares_its_masters():
     """The split weights are float32 themselves; on a CPU a bucket takes what it holds."""
     launch = Launch("x", "DEEPSPEED", 2, zero_stage=3, use_cpu=True)
-    parts = by_name(states(100, 50, Work(launch, half=False, weight_bytes=4, optim="adamw_torch")))
+    parts = by_name(states(100, 50, Work(launch, WIDE, optim="adamw_torch")))
     assert parts == {
         "weights": 200, "gathered weights": 400, "gradients": 100, "optimizer": 200, "reduction bucket": 200,
         "copy of the bucket": 200,
@@ -97,12 +111,13 @@ def test_checkpoints_on_the_disk_at_a_time():
 
 def test_bytes_of_a_checkpoint():
     """
-    Float32, one process: 4N + 2·4P. ZeRO-3 in bf16: 2N, then 12 bytes a trained weight and 2 a frozen one. An
-    adapter is saved alone, and so is a model without its optimizer.
+    Float32, one process: 4N + 2·4P; frozen in bf16: 2·(N − P) + 4P + 2·4P. ZeRO-3 in bf16: 2N, then
+    12 bytes a trained weight and 2 a frozen one. An adapter is saved alone, and so is a model without its optimizer.
     """
     assert Saved(100, 40, 4, 0).checkpoint("adamw_torch", False) == 400 + 320
-    assert Saved(100, 40, 2, 3).checkpoint("adamw_torch", False) == 200 + 480 + 120
-    assert Saved(100, 40, 2, 2).checkpoint("adamw_torch", False) == 200 + 480 + 200
+    assert Saved(100, 40, 2, 0).checkpoint("adamw_torch", False) == 120 + 160 + 320
+    assert Saved(100, 40, 2, 3, trained_bytes=2).checkpoint("adamw_torch", False) == 200 + 480 + 120
+    assert Saved(100, 40, 2, 2, trained_bytes=2).checkpoint("adamw_torch", False) == 200 + 480 + 200
     assert Saved(100, 40, 4, 0, adapter=True).checkpoint("sgd", False) == 160
     assert Saved(100, 40, 4, 0).checkpoint("adamw_torch", True) == 400
     room = room_for(Saved(100, 40, 4, 0), saving(output_dir="none"), steps=1000)

@@ -9,6 +9,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from core.config import trl_keys
 from core.config.checks import MARGIN_SETTINGS
+from core.config.keys import keys_of
 from core.config.parsing import look_over, parse, resolve, save_recipe
 from core.objective.presets import PRESETS
 from core.runtime.errors import RecipeError
@@ -66,28 +67,32 @@ def refusal(kind: str, argv: list[str]) -> str:
     return message
 
 
-# (overrides on the recipe DPO, words that the one line must hold)
-UNKNOWN_KEYS = [
+def with_overrides(path: str, overrides: str) -> list[str]:
+    """`--a 1 --b [x, y]` as the shell would pass it with the values quoted."""
+    return ["--config", path, *(part.strip() for part in re.split(r"(--\S+) ", overrides) if part.strip())]
+
+
+# Overrides on the recipe DPO, and the words that the one line must hold.
+BAD_VALUES = [
+    # unknown keys (of each section one more in `test_every_section_is_strict`)
     ("--learning_rat 1", "learning_rat: unknown key; did you mean learning_rate?"),
     ("--margin.prest dpo", "margin.prest: unknown key; did you mean preset?"),
     ("--selection.hygeine.ties drop", "selection.hygeine: unknown key; did you mean hygiene?"),
-    ("--selection.hygiene.tie drop", "selection.hygiene.tie: unknown key; did you mean ties?"),
-    ("--selection.replay.wait 1", "selection.replay.wait: unknown key"),
-    ("--datasets.0.pth x", "datasets.0.pth: unknown key; did you mean path?"),
-    ("--datasets.1.columns.choosen x", "datasets.1.columns.choosen: unknown key; did you mean chosen?"),
     ("--datasets.1.columns.turns.usr x", "datasets.1.columns.turns.usr: unknown key; did you mean user?"),
-    ("--datasets.1.columns.messages.rol x", "columns.messages.rol: unknown key; did you mean role?"),
     ("--link soft", "link: unknown key; did you mean margin.link"),
     ("--labels safer", "labels: unknown key; did you mean selection.labels"),
     ("--margin.beta 1", "margin.beta: unknown key; did you mean beta, at the top level?"),
     ("--lr 1", "did you mean learning_rate?"),
     ("--dataset_name x", "did you mean datasets"),
     ("--warmup_ratio 0.1", "did you mean warmup_steps"),
+    (
+        "--selection.hygiene.min_characters 10",
+        "selection.hygiene.min_characters: unknown key; did you mean selection.hygiene.min_tokens (tokens of the",
+    ),
     ("--generate_during_eval true", "generate_during_eval: unknown key"),
     ("--conversations_per_update 3", "conversations_per_update: unknown key"),
     ("--shuffle_dataset true", "it is a key of recipes/sft.py"),
-]
-WRONG_TYPES = [
+    # types
     ("--per_device_train_batch_size true", "per_device_train_batch_size: must be an integer, not true"),
     ("--per_device_train_batch_size 2.0", "must be an integer, not 2.0"),
     ("--learning_rate [1.0e-6]", "learning_rate: must be a number, not [1e-06]"),
@@ -107,20 +112,14 @@ WRONG_TYPES = [
     ("--datasets.1.role bufer", "datasets.1.role: must be 'task' or 'buffer', not \"bufer\"; did you mean buffer?"),
     ("--optim galore_adamw", "optim: must be"),
     ("--report_to wandbb", "report_to: must be", "did you mean wandb?"),
-    ("--truncation_mode keep_end", "truncation_mode: must be 'keep_start'"),
-]
-# Of each kind of range one or two; which key has which, KEYS.md holds.
-OUT_OF_RANGE = [
+    # Of each kind of range one or two; which key has which, KEYS.md holds.
     ("--learning_rate 0", "learning_rate: must be greater than 0, not 0"),
     ("--learning_rate .nan", "learning_rate: must be a finite number"),
-    ("--learning_rate .inf", "learning_rate: must be a finite number"),
+    ("--margin.a .inf", "margin.a: must be a finite number"),
     ("--max_steps 0", "max_steps: must be -1 or greater than or equal to 1"),
     ("--warmup_steps 1.5", "warmup_steps: must be less than 1 or an integer"),
-    ("--per_device_train_batch_size 0", "per_device_train_batch_size: must be greater than or equal to 1"),
     ("--max_length 1", "max_length: must be greater than or equal to 2"),
-    ("--adam_beta2 1", "adam_beta2: must be less than 1"),
     ("--margin.epsilon 0.5", "margin.epsilon: must be less than 0.5"),
-    ("--margin.a .inf", "margin.a: must be a finite number"),
     ("--datasets.0.fraction 1.1", "datasets.0.fraction: must be less than or equal to 1"),
     ("--datasets.0.columns.chosen_severity 4", "chosen_severity: must be a string or less than or equal to 3"),
     ("--datasets []", "datasets: is empty"),
@@ -129,114 +128,106 @@ OUT_OF_RANGE = [
     ("--selection.score {signal: score_gap, band: [0.6, 0.5]}", "selection.score.band: [0.6, 0.5] must rise"),
     ("--selection.score {signal: score_gap, band: [0.5, 1.5]}", "selection.score.band: [0.5, 1.5] must rise"),
     ("--selection.quotas {by: source, limits: {x: -1}}", "selection.quotas.limits.x: must be"),
-    ("--selection.replay.weight -1", "selection.replay.weight: must be"),
-]
-COMBINATIONS = [
-    (DPO, "--bf16 true --fp16 true", "bf16: fp16 is true as well"),
-    (DPO, "--eval_strategy steps", "eval_strategy: there is nothing to evaluate on; give eval_datasets"),
-    (DPO, "--load_best_model_at_end true", "load_best_model_at_end: there is nothing to evaluate on"),
-    (DPO, "--lora_r 8", "lora_r: has no effect without use_peft: true"),
+    # combinations
+    ("--bf16 true --fp16 true", "bf16: fp16 is true as well"),
+    ("--eval_strategy steps", "eval_strategy: there is nothing to evaluate on; give eval_datasets"),
+    ("--load_best_model_at_end true", "load_best_model_at_end: there is nothing to evaluate on"),
+    ("--lora_r 8", "lora_r: has no effect without use_peft: true"),
     (
-        DPO,
         "--use_peft true --trainable_parameters [down_proj] --lora_target_modules [q_proj]",
         "lora_target_modules: differs from trainable_parameters",
     ),
-    (DPO, "--margin.reference_free true --precompute_ref_log_probs true", "precompute_ref_log_probs: margin.refer"),
-    (DPO, "--reference_cache x --precompute_ref_log_probs false", "reference_cache: nothing is cached"),
-    (DPO, "--per_device_train_batch_size 3", "3 pairs cannot be split 1 task to 1 buffer", "a multiple of 2"),
-    (DPO, "--selection.replay.task 2", "4 pairs cannot be split 2 task to 1 buffer", "a multiple of 3"),
-    (DPO, "--datasets.0.role buffer", "datasets: all entries are buffer"),
-    (NO_BUFFER, "--selection.replay.weight 2", "selection.replay: no entry of datasets has role: buffer"),
-    (DPO, "--margin.p 2", "margin.p: 2.0 is read by link signed, and the link is squared"),
-    (DPO, "--margin.epsilon 0.1", "margin.epsilon: 0.1 is read by link soft"),
-    (DPO, "--margin.link signed --margin.scaled true", "margin.scaled: true is read by link squared"),
-    (DPO, "--margin.preset bfpo_signed --margin.link soft", "margin.p: -1.0 (from preset bfpo_signed) is read by"),
-    (DPO, "--margin.phi log", "margin.phi: has no effect while k are 0"),
-    (DPO, "--margin.preset dpo --margin.indicator severity", "margin.indicator: has no effect while a and b are 0"),
-    (NO_SCORES, "--margin.preset odpo", "line 8: datasets.0.columns: margin.k = 1 (from preset odpo) needs scores"),
-    (NO_SAFETY, "", "datasets.0.columns: margin.a and margin.b (from preset bfpo) need safety labels; map safe"),
+    ("--margin.reference_free true --precompute_ref_log_probs true", "precompute_ref_log_probs: margin.refer"),
+    ("--reference_cache x --precompute_ref_log_probs false", "reference_cache: nothing is cached"),
+    ("--per_device_train_batch_size 3", "3 pairs cannot be split 1 task to 1 buffer", "a multiple of 2"),
+    ("--selection.replay.task 2", "4 pairs cannot be split 2 task to 1 buffer", "a multiple of 3"),
+    ("--datasets.0.role buffer", "datasets: all entries are buffer"),
+    ("--margin.p 2", "margin.p: 2.0 is read by link signed, and the link is squared"),
+    ("--margin.epsilon 0.1", "margin.epsilon: 0.1 is read by link soft"),
+    ("--margin.link signed --margin.scaled true", "margin.scaled: true is read by link squared"),
+    ("--margin.preset bfpo_signed --margin.link soft", "margin.p: -1.0 (from preset bfpo_signed) is read by"),
+    ("--margin.phi log", "margin.phi: has no effect while k are 0"),
+    ("--margin.preset dpo --margin.indicator severity", "margin.indicator: has no effect while a and b are 0"),
+    ("--selection.score {signal: score_gap}", "selection.score: give either keep or band"),
+    ("--selection.score {signal: score_gap, keep: 0.5, band: [0, 1]}", "selection.score: give either"),
     (
-        NO_SAFETY,
-        "--margin.preset dpo --selection.labels safe_first",
-        "datasets.0.columns: selection.labels: safe_first needs safety labels",
-    ),
-    (DPO, "--selection.score {signal: score_gap}", "selection.score: give either keep or band"),
-    (DPO, "--selection.score {signal: score_gap, keep: 0.5, band: [0, 1]}", "selection.score: give either"),
-    (
-        DPO,
         "--selection.quotas {by: pair_class, limits: {safe/unsave: 3}}",
         "selection.quotas.limits.safe/unsave: no such pair class; did you mean safe/unsafe?",
     ),
-    (DPO, "--pairs_per_update 6", "pairs_per_update: 6 is not a multiple of per_device_train_batch_size 4 x 1"),
-    (DPO, "--pairs_per_update 2", "pairs_per_update: 2 is not a multiple"),
+    ("--pairs_per_update 6", "pairs_per_update: 6 is not a multiple of per_device_train_batch_size 4 x 1"),
+    ("--pairs_per_update 2", "pairs_per_update: 2 is not a multiple"),
     (
-        DPO,
         "--pairs_per_update 32 --gradient_accumulation_steps 4",
         "gradient_accumulation_steps: 4, but pairs_per_update 32 = 4 per device x 8 x 1 processes",
     ),
-    (DPO, "--num_processes 2", "num_processes: 2, but the launcher started 1", "--num_processes 2"),
-    # Mappings, before any source is loaded: none of these files is there.
-    (DPO, "--datasets.1.columns {chosen: a}", "buffer.jsonl: the mapping names no pair; set columns.chosen"),
-    (DPO, "--datasets.1.columns.better b", "buffer.jsonl: columns.better goes with columns.responses"),
-    (DPO, "--datasets.1.columns.extra [tie]", "buffer.jsonl: columns.extra names 'tie', which is a name of the rows'"),
-    (DPO, "--datasets.1.answer rejected", "buffer.jsonl: columns.conversation, columns.safer and `answer` choose"),
-    (DPO, "--datasets.1.path task.jsonl", "datasets: 2 entries are called 'task.jsonl'; name each with `source:`"),
+    ("--num_processes 2", "num_processes: 2, but the launcher started 1", "--num_processes 2"),
+    # mappings, before any source is loaded: none of these files is there
+    ("--datasets.1.columns {chosen: a}", "buffer.jsonl: the mapping names no pair; set columns.chosen"),
+    ("--datasets.1.columns.better b", "buffer.jsonl: columns.better goes with columns.responses"),
+    ("--datasets.1.columns.extra [tie]", "buffer.jsonl: columns.extra names 'tie', which is a name of the rows'"),
+    ("--datasets.1.answer rejected", "buffer.jsonl: columns.conversation, columns.safer and `answer` choose"),
+    ("--datasets.1.path task.jsonl", "datasets: 2 entries are called 'task.jsonl'; name each with `source:`"),
+    # keys of other scripts
+    ("--prompts x.txt", "prompts: unknown key; it is a key of recipes/evaluate.py"),
 ]
-SFT_MAPPINGS = [
-    ("{path: x, columns: {conversation: m, score_chosen: 0}}", "remove columns.score_chosen"),
-    ("{path: x, columns: {conversation: m, extra: [e]}}", "remove columns.extra"),
-    ("{path: x, columns: {conversation: m}, answer: rejected}", "remove `answer`"),
-    ("{path: x, answer: safer, columns: {chosen: a, rejected: b}}", "`answer: safer` needs columns.safer, safety"),
+# The same of other recipes: which script, its recipe, overrides, words.
+BAD_RECIPES = [
+    ("dpo", NO_BUFFER, "--selection.replay.weight 2", "selection.replay: no entry of datasets has role: buffer"),
+    ("dpo", NO_SCORES, "--margin.preset odpo", "line 8: datasets.0.columns: margin.k = 1 (from preset odpo) needs"),
+    ("dpo", NO_SAFETY, "", "columns: margin.a and margin.b (from preset bfpo) need safety labels; map safe"),
     (
-        "{path: x, answer: safer, columns: {chosen: a, rejected: b, safer: s}}",
+        "dpo", NO_SAFETY, "--margin.preset dpo --selection.labels safe_first",
+        "datasets.0.columns: selection.labels: safe_first needs safety labels",
+    ),
+    ("dpo", DPO.replace("output_dir: runs/out\n", ""), "", "output_dir: is missing"),
+    ("dpo", DPO.replace("model_name_or_path: tiny\n", ""), "", "model_name_or_path: is missing"),
+    ("dpo", DPO.replace("  - path: task.jsonl\n    columns", "  - columns"), "", "datasets.0.path: is missing"),
+    (
+        "dpo", "model_name_or_path: tiny\noutput_dir: x\ndataset_name: y\n", "",
+        "did you mean datasets", "datasets: is missing",
+    ),
+    ("sft", SFT, "--datasets.0.role buffer", "datasets.0.role: an SFT stage replays nothing"),
+    ("sft", SFT, "--datasets.0 {path: x, columns: {conversation: m, score_chosen: 0}}", "remove columns.score_chosen"),
+    ("sft", SFT, "--datasets.0 {path: x, columns: {conversation: m, extra: [e]}}", "remove columns.extra"),
+    ("sft", SFT, "--eval_datasets [{path: x, columns: {conversation: m, extra: [e]}}]", "remove columns.extra"),
+    ("sft", SFT, "--datasets.0 {path: x, columns: {conversation: m}, answer: rejected}", "remove `answer`"),
+    (
+        "sft", SFT, "--datasets.0 {path: x, answer: safer, columns: {chosen: a, rejected: b}}",
+        "`answer: safer` needs columns.safer, safety",
+    ),
+    (
+        "sft", SFT, "--datasets.0 {path: x, answer: safer, columns: {chosen: a, rejected: b, safer: s}}",
         "columns.safer goes with `answer: safer`",
     ),
-]
+    ("sft", SFT, "--packing true", "packing: conversations would see each other"),
+    ("sft", SFT, "--padding_free true", "padding_free: conversations would see each other"),
+    ("sft", SFT, "--margin.preset dpo", "margin: unknown key; it is a key of recipes/dpo.py"),
+    ("sft", SFT, "--beta 1", "beta: unknown key; it is a key of recipes/dpo.py"),
+    ("sft", SFT, "--eos_token x", "eos_token: the tokenizer has it"),
+    ("sft", SFT, "--conversations_per_update 12", "12 is not a multiple of per_device_train_batch_size 8 x 1"),
+    ("evaluate", DPO.replace("datasets:", "eval_datasets:"), "", "nothing to evaluate; give datasets, or prompts"),
+    ("evaluate", DPO, "--max_new_tokens 0", "max_new_tokens: must be greater than or equal to 1"),
+]  # fmt: skip
+BAD_RECIPES += [("dpo", DPO, *row) for row in BAD_VALUES]
 
 
-def with_overrides(path: str, overrides: str) -> list[str]:
-    """`--a 1 --b [x, y]` as the shell would pass it with the values quoted."""
-    return ["--config", path, *(part.strip() for part in re.split(r"(--\S+) ", overrides) if part.strip())]
-
-
-@pytest.mark.parametrize(
-    ("overrides", *["words"]), [(row[0], row[1:]) for row in UNKNOWN_KEYS + WRONG_TYPES + OUT_OF_RANGE]
-)
-def test_bad_values(write, overrides, words):
-    message = refusal("dpo", with_overrides(write(DPO), overrides))
+@pytest.mark.parametrize(("kind", "text", "overrides", "words"), [(*row[:3], row[3:]) for row in BAD_RECIPES])
+def test_what_is_wrong_is_told_in_a_line(write, kind, text, overrides, words):
+    message = refusal(kind, with_overrides(write(text), overrides))
     for word in words:
         assert word in message
 
 
-@pytest.mark.parametrize(("text", "overrides", "words"), [(row[0], row[1], row[2:]) for row in COMBINATIONS])
-def test_bad_combinations(write, text, overrides, words):
-    message = refusal("dpo", with_overrides(write(text), overrides))
-    for word in words:
-        assert word in message
-
-
-@pytest.mark.parametrize(("entry", "words"), SFT_MAPPINGS)
-@pytest.mark.parametrize("key", ["datasets", "eval_datasets"])
-def test_bad_mappings_of_an_sft_stage(write, key, entry, words):
-    good = "{path: y, columns: {conversation: m, messages: {role: from, content: value}, row_id: i}}"
-    recipe = f"model_name_or_path: tiny\noutput_dir: o\nbf16: false\ndatasets: [{good}]\n"
-    resolve("sft", ["--config", write(recipe)])
-    assert words in refusal("sft", ["--config", write(recipe), f"--{key}", f"[{good}, {entry}]"])
-
-
-MISSING = [
-    (DPO.replace("output_dir: runs/out\n", ""), "output_dir: is missing"),
-    (DPO.replace("model_name_or_path: tiny\n", ""), "model_name_or_path: is missing"),
-    (DPO.replace("  - path: task.jsonl\n    columns", "  - columns"), "datasets.0.path: is missing"),
-    ("model_name_or_path: tiny\noutput_dir: x\ndataset_name: y\n", "did you mean datasets", "datasets: is missing"),
-]
-
-
-@pytest.mark.parametrize(("text", "words"), [(row[0], row[1:]) for row in MISSING])
-def test_missing_keys(write, text, words):
-    message = refusal("dpo", ["--config", write(text)])
-    for word in words:
-        assert word in message
+@pytest.mark.parametrize("kind", ["dpo", "sft", "evaluate"])
+def test_every_section_is_strict(write, kind):
+    """A misspelt key in each of them; in a list's entry of keys_of's `datasets`, by its number."""
+    sections = {name.rpartition(".")[0] for name in keys_of(kind)} - {""}
+    assert len(sections) >= 8
+    path = write(SFT if kind == "sft" else DPO)
+    for section in sections:
+        key = f"{section}.nokey".replace("datasets", "datasets.0", 1)
+        entry = ["--eval_datasets", "[{path: x}]"] if section.startswith("eval_") else []
+        assert f"{key}: unknown key" in refusal(kind, ["--config", path, *entry, f"--{key}", "x"])
 
 
 def test_every_problem_is_named_at_once_with_its_line(write):
@@ -245,25 +236,6 @@ def test_every_problem_is_named_at_once_with_its_line(write):
     assert f"{path} line 20: margin.lnk: unknown key" in message
     assert f"{path} line 21: beta: must be greater than 0" in message
     assert f"{path} line 22: loss_type: the loss is chosen by margin.preset or margin.link" in message
-
-
-@pytest.mark.parametrize(
-    ("kind", "text", "overrides", "words"),
-    [
-        ("sft", SFT, "--datasets.0.role buffer", "datasets.0.role: an SFT stage replays nothing"),
-        ("sft", SFT, "--packing true", "packing: conversations would see each other"),
-        ("sft", SFT, "--padding_free true", "padding_free: conversations would see each other"),
-        ("sft", SFT, "--margin.preset dpo", "margin: unknown key; it is a key of recipes/dpo.py"),
-        ("sft", SFT, "--beta 1", "beta: unknown key; it is a key of recipes/dpo.py"),
-        ("sft", SFT, "--eos_token x", "eos_token: the tokenizer has it"),
-        ("sft", SFT, "--conversations_per_update 12", "12 is not a multiple of per_device_train_batch_size 8 x 1"),
-        ("evaluate", DPO.replace("datasets:", "eval_datasets:"), "", "nothing to evaluate; give datasets, or prompts"),
-        ("evaluate", DPO, "--max_new_tokens 0", "max_new_tokens: must be greater than or equal to 1"),
-        ("dpo", DPO, "--prompts x.txt", "prompts: unknown key; it is a key of recipes/evaluate.py"),
-    ],
-)
-def test_other_scripts(write, kind, text, overrides, words):
-    assert words in refusal(kind, with_overrides(write(text), overrides))
 
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
@@ -328,7 +300,7 @@ EXPANDED = {
 }
 
 
-@pytest.mark.parametrize("preset", EXPANDED)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_presets_become_numbers(write, preset):
     margin, beta, learning_rate, labels = EXPANDED[preset]
     resolved = resolve("dpo", ["--config", write(DPO), "--margin.preset", preset], world_size=1)
@@ -343,8 +315,38 @@ def test_presets_become_numbers(write, preset):
         assert word in line
 
 
-def test_the_tests_know_every_preset():
-    assert set(EXPANDED) == set(PRESETS)
+def test_simpo_s_constant_follows_beta(write):
+    """The paper's setting is γ/β = 0.8: at β = 10 γ is 8, and it is said; a recipe's own c stays."""
+    simpo = ["--config", write(DPO), "--margin.preset", "simpo"]
+    resolved = resolve("dpo", [*simpo, "--beta", "10"], world_size=1)
+    assert resolved.recipe.margin.c == pytest.approx(8.0) and resolved.training["beta"] == 10
+    assert "margin.c 8 is 0.8 x beta 10, the ratio of preset simpo" in resolved.announcements
+    resolved = resolve("dpo", [*simpo, "--beta", "10", "--margin.c", "3"], world_size=1)
+    assert resolved.recipe.margin.c == 3
+    assert "margin.c 3 is the recipe's own; preset simpo has 8.0" in resolved.announcements
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "dropout"),
+    [
+        ("dpo", "", 0.0),
+        ("dpo", "--disable_dropout false", None),
+        ("dpo", "--disable_dropout false --lora_dropout 0.1", 0.1),
+        ("dpo", "--lora_dropout 0", 0.0),
+        ("dpo", "--disable_dropout false --lora_target_parameters [experts.down_proj]", 0.0),
+        ("sft", "", None),
+        ("sft", "--lora_target_parameters [experts.down_proj]", 0.0),
+        ("dpo", "--lora_dropout 0.1", "lora_dropout: has no effect: disable_dropout is true"),
+        ("sft", "--lora_target_parameters [down_proj] --lora_dropout 0.1", "lora_dropout: has no effect: adapters of"),
+    ],
+)
+def test_lora_dropout_is_what_the_adapters_have(write, kind, arguments, dropout):
+    """None: TRL's default."""
+    argv = ["--config", write({"dpo": DPO, "sft": SFT}[kind]), "--use_peft", "true", *arguments.split()]
+    if isinstance(dropout, str):
+        assert dropout in refusal(kind, argv)
+    else:
+        assert resolve(kind, argv, world_size=1).model.get("lora_dropout") == dropout
 
 
 def test_keys_of_the_recipe_come_before_the_preset(write):
@@ -379,7 +381,7 @@ def test_numbers_without_a_preset_stay_as_they_are(write):
 # ------------------------------------------------------------------------------------------- batch, seeds, reference
 
 
-def test_accumulation_follows_the_number_of_processes(write):
+def test_accumulation_follows_the_number_of_processes(write, monkeypatch):
     """32 pairs = 4 per device x 8 x 1 = 4 x 4 x 2 = 4 x 1 x 8; the saved recipe holds on all of them."""
     argv = ["--config", write(DPO), "--pairs_per_update", "32"]
     for processes, steps in ((1, 8), (2, 4), (8, 1)):
@@ -387,26 +389,21 @@ def test_accumulation_follows_the_number_of_processes(write):
         assert resolved.training["gradient_accumulation_steps"] == steps
         assert "gradient_accumulation_steps" not in resolved.values and resolved.values["pairs_per_update"] == 32
     assert "4 x 3 processes = 12" in str(pytest.raises(RecipeError, resolve, "dpo", argv, 3).value)
-    resolve("dpo", [*argv, "--gradient_accumulation_steps", "4", "--num_processes", "2"], world_size=2)
-
-
-def test_world_size_comes_from_the_launcher(write, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    resolved = resolve("dpo", ["--config", write(DPO), "--pairs_per_update", "32", "--num_processes", "2"])
-    assert resolved.training["gradient_accumulation_steps"] == 4
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the launcher's
+    resolve("dpo", [*argv, "--gradient_accumulation_steps", "4", "--num_processes", "2"])
 
 
 def test_seed_and_reference_pass(write):
-    path = write(DPO)
-    assert resolve("dpo", ["--config", path], 1).recipe.selection.seed == 42
-    assert resolve("dpo", ["--config", path, "--seed", "7"], 1).recipe.selection.seed == 7
-    assert resolve("dpo", ["--config", path, "--seed", "7", "--selection.seed", "3"], 1).recipe.selection.seed == 3
-    assert resolve("dpo", ["--config", path], 1).training["precompute_ref_log_probs"] is True
-    assert resolve("dpo", ["--config", path, "--use_peft", "true"], 1).training["precompute_ref_log_probs"] is True
-    noted = resolve("dpo", ["--config", path, "--attn_implementation", "eager"], 1).announcements
-    assert any(line.startswith("attn_implementation: has no effect on pairs that share") for line in noted)
-    noted = resolve("dpo", ["--config", path, "--attn_implementation", "eager", "--prefix_sharing", "false"], 1)
-    assert not any(line.startswith("attn_implementation") for line in noted.announcements)
+    def resolved(*argv: str):
+        return resolve("dpo", ["--config", write(DPO), *argv], 1)
+
+    for argv, seed in ([], 42), (["--seed", "7"], 7), (["--seed", "7", "--selection.seed", "3"], 3):
+        assert resolved(*argv).recipe.selection.seed == seed
+    for argv in [], ["--use_peft", "true"]:
+        assert resolved(*argv).training["precompute_ref_log_probs"] is True
+    for argv, noted in ([], True), (["--prefix_sharing", "false"], False):
+        lines = resolved("--attn_implementation", "eager", *argv).announcements
+        assert noted == any(line.startswith("attn_implementation: has no effect on pairs that") for line in lines)
 
 
 # ----------------------------------------------------------------------------------------------- TRL's objects, saving
@@ -427,6 +424,11 @@ def test_seed_and_reference_pass(write):
         ),
         ("dpo", DPO, "--datasets.0.columns.turns {user: 'Human:', assistant: '5e-7'} --lr_scheduler_kwargs {a: 1}"),
         ("sft", SFT, "--trainable_parameters [down_proj] --conversations_per_update 16 --pad_token <unk>"),
+        (
+            "sft",
+            SFT,
+            "--datasets.0.columns {conversation: m, messages: {role: from, content: value}, row_id: i}",
+        ),
         ("evaluate", DPO, "--prompts p.txt --max_new_tokens 5 --reference_model ref"),
     ],
 )
@@ -486,10 +488,6 @@ BATCH = re.compile(
     r"(pairs|conversations) per update",
     re.MULTILINE,
 )
-
-
-def test_there_are_recipes():
-    assert len(RECIPES) >= 10
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import datasets
@@ -18,7 +20,7 @@ from huggingface_hub import constants
 
 from core.config.parsing import resolve
 from core.config.schema import Columns, DatasetEntry, Messages, Turns
-from core.data import preferences, sources
+from core.data import caches, preferences, sources
 from core.data.preferences import FEATURES, load_conversations, load_preferences
 from core.runtime import network
 from core.runtime.errors import RecipeError
@@ -37,11 +39,11 @@ def write(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
-def user(text: str) -> dict:
+def user(text: str | list | dict) -> dict:
     return {"role": "user", "content": text}
 
 
-def assistant(text: str | None) -> dict:
+def assistant(text: str | list | dict | None) -> dict:
     return {"role": "assistant", "content": text}
 
 
@@ -320,6 +322,62 @@ def test_mapping(name, tmp_path):
     assert rows.to_list() == [wanted | extra for wanted, extra in zip(expected, names, strict=True)]
 
 
+TEXT_PARTS = [{"type": "text", "text": "two "}, {"type": "text", "text": "parts"}]
+
+
+@pytest.mark.parametrize("where", ["in every row", "in the second"])
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [(TEXT_PARTS, "two parts"), (["Hi"], "Hi"), ({"text": "Hi"}, "Hi")],
+    ids=["parts", "list", "dict"],
+)
+def test_content_as_parts(content, text, where, tmp_path):
+    """Pairs and conversations alike; Arrow stores them otherwise where some rows hold plain text."""
+    talk, plain = [user(content), assistant(content)], [user("q"), assistant("a")]
+    rows = [{"chosen": talk, "rejected": [user(content), assistant(["no"])]}]
+    told = [row(prompt=[user(text)], chosen=text, rejected="no")]
+    if where == "in the second":
+        rows.insert(0, {"chosen": plain, "rejected": [user("q"), assistant("b")]})
+        told.insert(0, row(prompt=[user("q")], chosen="a", rejected="b"))
+    elif isinstance(content, dict):
+        rows[0]["rejected"][1] = assistant({"text": "no"})
+    path = write(tmp_path / "f.jsonl", rows)
+    loaded, bad = load_preferences([DatasetEntry(path, columns=Columns(**PAIR))], seed=0)
+    assert bad == []
+    names = [{"source": "f.jsonl", "row_id": f"f.jsonl:{n}"} for n in range(len(told))]
+    assert loaded.to_list() == [wanted | extra for wanted, extra in zip(told, names, strict=True)]
+    learned = load_conversations([DatasetEntry(path, columns=Columns(conversation="chosen"))], seed=0)
+    assert learned["messages"][-1] == [user(text), assistant(text)]
+
+
+def test_what_a_template_would_read_is_left_out_on_purpose_alone(tmp_path):
+    """Of messages and of rows: refused by name, where it says something; `leave_out` lets it go."""
+    talk = {side: [user("q"), assistant(side) | {"reasoning_content": "r"}] for side in PAIR}
+    path = write(tmp_path / "f.jsonl", [{**talk, "tools": [{"name": "t"}], "system": ""}, {**talk, "tools": []}])
+    columns = Columns(**PAIR)
+    with pytest.raises(RecipeError, match=r"1 rows have something in the column 'tools', .*leave_out: \[tools\]"):
+        load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    columns.leave_out = ["tools"]
+    with pytest.raises(RecipeError, match="2 of 2 rows .*`reasoning_content`"):
+        load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    columns.leave_out = ["tools", "reasoning_content"]
+    rows, _ = load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    assert rows["chosen"][:] == ["chosen", "chosen"]
+
+
+def test_a_column_of_system_messages(tmp_path):
+    """It leads the prompt where it says something; unnamed it is refused, for the model would not see it."""
+    given = [{"system": "Be brief.", **PLAIN}, {"system": "", **PLAIN}, {"system": None, **PLAIN}]
+    path, led = write(tmp_path / "f.jsonl", given), [{"role": "system", "content": "Be brief."}, user("q")]
+    with pytest.raises(RecipeError, match="1 rows have something in the column 'system', .*columns.system"):
+        load_preferences([DatasetEntry(path, columns=TEXT)], seed=0)
+    rows, _ = load_preferences([DatasetEntry(path, columns=Columns(prompt="prompt", system="system", **PAIR))], seed=0)
+    assert rows["prompt"][:] == [led, [user("q")], [user("q")]]
+    talks = [{"system": "Be brief.", "talk": [user("q"), assistant("a")]}]
+    columns = Columns(conversation="talk", system="system")
+    assert learn(tmp_path, talks, columns=columns) == [[*led, assistant("a")]]
+
+
 def test_ids_source_and_extra_columns(tmp_path):
     """An id column names the rows, and a numeric column stays by its name, null where an entry doesn't name it."""
     path = write(tmp_path / "f.jsonl", [{**GOOD, "id": "a", "length": 3}, {**GOOD, "id": "b", "length": 4}])
@@ -366,6 +424,90 @@ def test_kinds_of_file(tmp_path):
             ("q", "N/A", "b"),
             ("p", "None", "d"),
         ], entry.path
+
+
+def test_a_path_is_that_file_and_no_pattern(tmp_path, monkeypatch):
+    """datasets takes the names of these files for patterns, which other files match."""
+    for name in ("pairs1.jsonl", "p*.jsonl", "p?.jsonl", "pairs[1].jsonl"):
+        write(tmp_path / name, [{**PLAIN, "chosen": name}])
+    (tmp_path / "run[1]").mkdir()
+    write(tmp_path / "run[1]" / "f.jsonl", [{**PLAIN, "chosen": "below"}])
+    monkeypatch.chdir(tmp_path)
+
+    def chosen(**keys) -> list[str]:
+        return load_preferences([DatasetEntry(**keys, columns=TEXT)], seed=0)[0]["chosen"][:]
+
+    for name in ("pairs[1].jsonl", "p*.jsonl", "p?.jsonl"):
+        assert chosen(path=name) == [name]
+        assert chosen(path=".", data_files=name) == [name]
+        assert chosen(path="json", data_files=[name]) == [name]
+    assert chosen(path="run[1]/f.jsonl") == ["below"]
+    assert chosen(path=".", data_files="pairs*.jsonl") == ["pairs1.jsonl", "pairs[1].jsonl"]
+    with pytest.raises(RecipeError, match=r"run\[1\]: datasets takes .* pattern; rename it"):
+        chosen(path="run[1]")
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "kind", "saved", "large file"])
+def test_edited_data_is_read_again(kind, tmp_path, monkeypatch):
+    """Though size and time are as they were, which is all that datasets looks at."""
+    path = tmp_path / "f.jsonl"
+    if kind == "saved":
+        datasets.Dataset.from_list([{**PLAIN, "chosen": "old"}]).save_to_disk(tmp_path / "saved")
+        [path] = (tmp_path / "saved").glob("*.arrow")
+    else:
+        write(path, [{**PLAIN, "chosen": "old"}])
+    keys = {"path": str(tmp_path if kind == "folder" else tmp_path / "saved" if kind == "saved" else path)}
+    if kind == "kind":
+        keys = {"path": "json", "data_files": [str(path)]}
+    if kind == "large file":
+        monkeypatch.setattr(caches, "HASHED", 1)
+    entry = DatasetEntry(**keys, columns=TEXT)
+    before = path.stat()
+    assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["old"]
+    path.write_bytes(path.read_bytes().replace(b"old", b"new"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["new"]
+
+
+def test_a_damaged_cache_is_made_again(tmp_path, caplog):
+    """The files of datasets' cache, cut in half: named and made again, and the user's own file is not blamed."""
+    entry = DatasetEntry(write(tmp_path / "f.jsonl", [PLAIN] * 50), columns=TEXT)
+    rows = load_preferences([entry], seed=0)[0].to_list()
+    [made] = Path(datasets.config.HF_DATASETS_CACHE).rglob("json-train.arrow")
+    [mapped_to] = made.parent.glob("cache-*.arrow")
+    for file in (mapped_to, made):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+        caplog.clear()
+        assert load_preferences([entry], seed=0)[0].to_list() == rows
+        assert f"f.jsonl: the cache {made.parent} is damaged (" in caplog.text
+    other = datasets.Dataset.from_file(str(made)).select([0])
+    with pa.OSFile(str(tmp_path / "short"), "wb") as sink, pa.ipc.new_stream(sink, other.data.schema) as writer:
+        writer.write_table(other.data.table.slice(0, 1))
+    made.write_bytes((tmp_path / "short").read_bytes())
+    assert load_preferences([entry], seed=0)[0].to_list() == rows
+    assert "1 of 50 rows are left" in caplog.text
+
+
+def test_csv_is_text_by_any_delimiter(tmp_path):
+    """Answers of digits stay as they are written, and what is read as a number is one; an unnamed index is no harm."""
+    columns = Columns(
+        prompt="prompt", **PAIR, score_chosen="w", score_rejected="l", chosen_safe="s", rejected_safe="s"
+    )
+    for mark in ",;\t|":
+        text = '|prompt|chosen|rejected|w|l|s\n0|1+1|02|3,0|7.5|-1|True\n1|p|None|"a\nb"|1|0|false\n'
+        quoted = text.replace("3,0", '"3,0"').replace("|", mark)
+        (tmp_path / "f.csv").write_text(quoted)
+        for entry in (
+            DatasetEntry(str(tmp_path / "f.csv"), columns=columns),
+            DatasetEntry(str(tmp_path), columns=columns),
+        ):
+            rows, _ = load_preferences([entry], seed=0)
+            assert rows["chosen"][:] == ["02", "None"]
+            assert rows["rejected"][:] == ["3,0", "a\nb"]
+            assert rows["score_chosen"][:] == [7.5, 1.0]
+            assert rows["chosen_safe"][:] == [True, False]
 
 
 @pytest.mark.parametrize("layout", ["parts", "named split", "saved", "saved splits"])
@@ -518,9 +660,27 @@ BAD_ROWS = {
         [GOOD, {**GOOD, "rejected": [user("q"), assistant(None)]}], CHAT,
         "`rejected` has a message without text: row 1",
     ),
-    "text that is a list of parts": (
-        [GOOD, {**GOOD, "chosen": [user("q"), {"role": "assistant", "content": [{"text": "x"}]}]}], CHAT,
-        "`chosen` has a message without text: row 1",
+    "an image among the parts of a message": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant([{"type": "image", "image": "x.png"}, {"text": "x"}])]}], CHAT,
+        "`chosen` has a message with a part of the type 'image', .*leave_out: .image.*: row 1",
+    ),
+    "an image in a part of text": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant([{"text": "x", "image_url": "y"}])]}], CHAT,
+        "`chosen` has a part of a message with `image_url`, .*: row 1",
+    ),
+    "no part": ([GOOD, {**GOOD, "chosen": [user("q"), assistant([])]}], CHAT, "`chosen` has a message without text"),
+    "reasoning": (
+        [GOOD, {**GOOD, "chosen": [user("q"), assistant("good") | {"reasoning_content": "why"}]}], CHAT,
+        "`chosen` has a message with `reasoning_content`, .*columns.leave_out: .reasoning_content.*: row 1",
+    ),
+    "a call of a tool beside text": (
+        [GOOD, {**GOOD, "rejected": [user("q"), assistant("bad") | {"tool_calls": [{"id": "1"}]}]}], CHAT,
+        "`rejected` has a message with `tool_calls`, .*: row 1",
+    ),
+    "two system messages": (
+        [{"sys": "s", **GOOD},
+         {"sys": "s", **{side: [{"role": "system", "content": "t"}, *GOOD[side]] for side in PAIR}}],
+        Columns(**PAIR, system="sys"), "`sys` is not the system message that the prompt begins with: row 1",
     ),
     "empty list": ([GOOD, {**GOOD, "chosen": []}], CHAT, "`chosen` holds no message: row 1"),
     "string rows after conversational ones": (
@@ -561,14 +721,13 @@ BAD_ROWS = {
          dict.fromkeys(PAIR, "Note.\n\nHuman: q\n\nAssistant: a")], HH,
         "`chosen` does not begin with a marker of columns.turns: row 1",
     ),
-    "better of 2": ([TWO, {**TWO, "n": 2}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "better of null": ([TWO, {**TWO, "n": None}], two(better="n"), "`n` is neither 0 nor 1: row 1"),
     "preference of null": ([TWO, {**TWO, "n": None}], two(preference="n"), "`n` is not a finite number: row 1"),
-    "severity of 4": ([TWO, {**TWO, "s": 4}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
-    "severity of 1.5": ([TWO, {**TWO, "s": 1.5}], SEVERE, "`s` is none of 0, 1, 2, 3: row 1"),
-    "safety label of 2": ([TWO, {**TWO, "s": 2}], two(better="n", safe=["s", "n"]), "`s` is none of 0, 1: row 1"),
+    "better that values call unknown": (
+        [TWO, {**TWO, "n": 2}], two(better="n", values={"n": {"0": 0, "2": None}}), "`n` is neither 0 nor 1: row 1",
+    ),
     "several faults, of which the first is told": (
-        [TWO, {**TWO, "a": None, "n": 2, "s": 4}], SEVERE, "`a` is null: row 1",
+        [TWO, {**TWO, "a": None, "n": None, "s": None}], SEVERE, "`a` is null: row 1",
     ),
     "text among flags": (
         [{**PLAIN, "f": {"A": None}}, {**PLAIN, "f": {"A": "text"}}], Columns(prompt="prompt", **PAIR, category="f"),
@@ -602,6 +761,128 @@ def test_bad_row(name, tmp_path):
     assert f"{bad[0]['reason']}: row 1" in str(error.value)
 
 
+ARENA = ["model_a", "model_b", "tie", "winner_tie", "both_bad"]
+TO_PASTE = 'e.g. values: {"n": {"model_a": 0, "model_b": 1, "tie": "tie", "winner_tie": "tie", "both_bad": "tie"}}'
+LABELS = two(better="s", safe=["n", "n"])
+# name: (values of the column `n`, mapping, the end of the message)
+CODES = {
+    "1 and 2": ([1, 2], two(better="n"), 'e.g. values: {"n": {"1": 0, "2": 1}}'),
+    "1 and 2 as text": (["1", "2"], two(better="n"), 'e.g. values: {"n": {"1": 0, "2": 1}}'),
+    "columns by their names": (["a", "b"], two(better="n"), 'e.g. values: {"n": {"a": 0, "b": 1}}'),
+    "names with numbers": (["response_0", "response_1"], two(better="n"), '{"response_0": 0, "response_1": 1}}'),
+    "an arena's": (ARENA, two(better="n"), TO_PASTE),
+    "0 and 2": ([0, 2], two(better="n"), '{"n": {"0": "?", "2": "?"}}, with a meaning for each ?'),
+    "booleans beside numbers": ([True, 0, 1], two(better="n"), '{"n": {"true": 1, "0": 0, "1": 1}}'),
+    "safe and unsafe": (["Safe", "unsafe"], LABELS, 'e.g. values: {"n": {"safe": true, "unsafe": false}}'),
+    "labels of 2": ([1, 2], LABELS, '{"n": {"1": "?", "2": "?"}}, with a meaning for each ?'),
+    "severities of 4": ([1, 4], two(better="s", severity=["n", "n"]), '"4": "?"}}, with a meaning for each ?'),
+    "severities of 1.5": ([1, 1.5], two(better="s", severity=["n", "n"]), '"1.5": "?"}}, with a meaning for each ?'),
+    "severities in words": (["None", "Severe"], two(better="s", severity=["n", "n"]), '{"none": 0, "severe": 3}}'),
+    "words for a preference": (["A", "B"], two(preference="n"), '{"a": "?", "b": "?"}}, with a meaning for each ?'),
+    "a preference on one side": ([1, 2], two(preference="n"), '{"1": "?", "2": "?"}}, with a number for each ?'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_a_code_of_its_own_is_no_bad_row(name, tmp_path):
+    """Whatever `bad_rows` says, it is refused over the whole column, with the line that would say what it means."""
+    values, columns, end = CODES[name]
+    path = write(tmp_path / "f.jsonl", [{**TWO, "n": value} for value in values])
+    for bad_rows in ("error", "drop"):
+        with pytest.raises(RecipeError, match="columns.* names 'n', wh") as error:
+            load_preferences([DatasetEntry(path, bad_rows=bad_rows, columns=columns)], seed=0)
+        assert str(error.value).endswith(end)
+        assert "\n" not in str(error.value)
+
+
+# name: (values of the column `n`, mapping, what the rows then hold under the key)
+MEANINGS = {
+    "1 and 2": ([1, 2], two(better="n", values={"n": {"1": 0, "2": 1}}), "chosen", ["A", "B"]),
+    "0 and 1 as text": (["0", "1"], two(better="n"), "chosen", ["A", "B"]),
+    "an arena's winner": (
+        ARENA, two(better="n", values={"n": dict(zip(ARENA, [0, 1, "tie", "tie", "tie"], strict=True))}),
+        "chosen", ["A", "B", "A", "A", "A"],
+    ),
+    "an arena's ties": (
+        ARENA, two(better="n", values={"n": dict(zip(ARENA, [0, 1, "tie", "tie", "tie"], strict=True))}),
+        "tie", [False, False, True, True, True],
+    ),
+    "true and false as text": (["True", "false"], LABELS, "chosen_safe", [True, False]),
+    "safe, unsafe and what is neither": (
+        ["Safe", " unsafe", "disputed", "", None],
+        two(better="s", safe=["n", "n"], values={"n": {"safe": True, "unsafe": False, "disputed": None}}),
+        "chosen_safe", [True, False, None, None, None],
+    ),
+    "severities as text": (["2", "0"], two(better="s", severity=["n", "n"]), "chosen_severity", [2, 0]),
+    "scores as text": (["7.5", "-1e1"], two(better="s", scores=["n", "n"]), "score_chosen", [7.5, -10.0]),
+    "a preference in words": (
+        ["A", "B", "C"], two(preference="n", values={"n": {"A": -1, "B": 1, "c": 0}}), "chosen", ["A", "B", "A"],
+    ),
+    "one column as two codes": (
+        [1, 0], two(better="n", safe=["n", "n"], values={}), "chosen_safe", [True, False],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEANINGS)
+def test_what_a_code_means(name, tmp_path):
+    values, columns, key, expected = MEANINGS[name]
+    path = write(tmp_path / "f.jsonl", [{**TWO, "n": value} for value in values])
+    rows, bad = load_preferences([DatasetEntry(path, columns=columns)], seed=0)
+    assert (rows[key][:], bad) == (expected, [])
+
+
+def test_class_labels_count_by_their_names(tmp_path):
+    """Stored as 0 and 1 in the order of their names, which a reader of numbers would take for false and true."""
+    features = datasets.Features(
+        dict.fromkeys(("prompt", "a", "b"), datasets.Value("string"))
+        | {"n": datasets.ClassLabel(names=["safe", "unsafe"]), "s": datasets.Value("int64")}
+    )
+    rows = datasets.Dataset.from_list([{**TWO, "n": 0}, {**TWO, "n": 1}], features=features)
+    rows.to_parquet(tmp_path / "f.parquet")
+    entry = DatasetEntry(str(tmp_path / "f.parquet"), columns=LABELS)
+    with pytest.raises(RecipeError, match='"safe", "unsafe".*values: {"n": {"safe": true, "unsafe": false}}'):
+        load_preferences([entry], seed=0)
+    entry.columns = two(better="s", safe=["n", "n"], values={"n": {"safe": True, "unsafe": False}})
+    assert load_preferences([entry], seed=0)[0]["chosen_safe"][:] == [True, False]
+
+
+def test_values_of_a_recipe(tmp_path):
+    """The line that a message says to paste, in a recipe's YAML: numbers are read as what the rows hold."""
+    rows = [{**TWO, "n": "model_b", "s": "low"}, {**TWO, "n": "tie", "s": "none"}]
+    (tmp_path / "r.yaml").write_text(
+        f"""
+model_name_or_path: m
+output_dir: o
+datasets:
+  - path: {write(tmp_path / "f.jsonl", rows)}
+    columns:
+      prompt: prompt
+      responses: [a, b]
+      better: n
+      severity: [s, s]
+      values: {{"n": {{"model_b": 1, "tie": "tie"}}, s: {{none: 0, low: 1}}}}
+"""
+    )
+    [entry] = resolve("dpo", ["--config", str(tmp_path / "r.yaml")]).recipe.datasets
+    [first, second] = load_preferences([entry], seed=0)[0]
+    assert (first["chosen"], first["tie"], first["chosen_severity"]) == ("B", False, 1)
+    assert (second["chosen"], second["tie"], second["chosen_severity"]) == ("A", True, 0)
+
+
+def test_values_that_say_nothing_of_use(tmp_path):
+    path = write(tmp_path / "f.jsonl", [TWO, {**TWO, "n": 1}])
+    for values, message in (
+        ({"n": {"0": 0}}, 'columns.values.n does not say what "1" means .*; add it'),
+        ({"n": {"0": 0, "1": 2}}, "columns.values.n.1: 2 is no meaning here .0: the first answer"),
+        ({"n": {"0": 0, "1": 1, "A": 0, "a ": 1}}, "columns.values.n: 'a ' is there twice"),
+        ({"m": {"0": 0}}, "columns.values names 'm', which no key of `columns` reads as a code"),
+        ({"prompt": {"q": 0}}, "columns.values names 'prompt', which no key of `columns` reads as a code; remove it"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            load_preferences([DatasetEntry(path, columns=two(better="n", values=values))], seed=0)
+
+
 def test_many_bad_rows_are_counted(tmp_path):
     rows = [PLAIN, *[{**PLAIN, "chosen": None}] * 8, {**PLAIN, "rejected": None}]
     entry = DatasetEntry(write(tmp_path / "f.jsonl", rows), columns=TEXT)
@@ -614,8 +895,8 @@ def test_many_bad_rows_are_counted(tmp_path):
 
 
 def test_a_source_of_bad_rows_alone_is_refused(tmp_path):
-    """Also where every content is a list of parts, which Arrow would store as such."""
-    parts = [user("q"), {"role": "assistant", "content": [{"type": "text", "text": "x"}]}]
+    """Also where every content is a list of parts, which Arrow stores as such."""
+    parts = [user("q"), assistant([{"type": "image", "image": "x.png"}])]
     for columns, bad_row in ((TEXT, {**PLAIN, "chosen": None}), (CHAT, dict.fromkeys(PAIR, parts))):
         entry = DatasetEntry(write(tmp_path / "f.jsonl", [bad_row]), columns=columns, bad_rows="drop")
         with pytest.raises(RecipeError, match="1 of 1 rows can't be used .*; mend the source"):
@@ -710,6 +991,25 @@ BAD_SOURCES = {
     "corrupt line in a folder": (
         "f.jsonl", f"{json.dumps(PLAIN)}\n{{", {"path": ".", "data_files": "f.jsonl"}, "f.jsonl: line 2 is not JSON",
     ),
+    "JSON in latin-1": (
+        "f.jsonl", b'{"prompt":"q","chosen":"\xe9","rejected":"b"}', {"path": "f.jsonl"}, "`chosen` is not UTF-8 text",
+    ),
+    "an array in latin-1": ("f.json", b'[{"p":"\xe9"}]', {"path": "f.json"}, "not UTF-8 text .byte 0xe9.; save it"),
+    "CSV in latin-1": ("f.csv", b"prompt,chosen\nq,\xe9\n", {"path": "f.csv"}, "not UTF-8 text; save it as"),
+    "a header in latin-1": ("f.csv", b"prompt,chos\xe9n\nq,a\n", {"path": "f.csv"}, "not UTF-8 text; save it as"),
+    "more fields than the header": (
+        "f.csv", "prompt,chosen\nq,a,b\n", {"path": "f.csv"}, "more fields than the header; quote the texts",
+    ),
+    "a cut gzip": ("f.jsonl.gz", gzip.compress(b'{"p":"q"}' * 99)[:-20], {"path": "f.jsonl.gz"}, "fetch the file"),
+    "JSON nested deep": (
+        "f.jsonl", '{"prompt": ' + "[" * 100_000 + "]" * 100_000 + "}", {"path": "f.jsonl"},
+        "line 1 of f.jsonl is nested more than 50 levels deep; flatten it",
+    ),
+    "half a surrogate pair": (
+        "f.jsonl", '{"prompt":"q","chosen":"\\ud800","rejected":"b"}', {"path": "f.jsonl"},
+        r"line 1 holds half a surrogate pair \(\\ud800\)",
+    ),
+    "what save_to_disk left": ("state.json", "[]", {"path": "."}, "what save_to_disk left cannot be read .*; save it"),
     "nothing on the Hub": ("f.jsonl", "", {"path": "nobody/nothing"}, "nobody/nothing: .*the Hub can't be reached"),
     "no row by the fraction": (
         "f.jsonl", json.dumps(PLAIN), {"path": "f.jsonl", "fraction": 0.5}, "`fraction: 0.5` of 1 rows leaves none",
@@ -721,12 +1021,53 @@ BAD_SOURCES = {
 def test_bad_source(name, tmp_path, monkeypatch):
     file, content, keys, message = BAD_SOURCES[name]
     monkeypatch.chdir(tmp_path)
-    Path(file).write_text(content)
+    Path(file).write_bytes(content if isinstance(content, bytes) else content.encode())
     started = time.monotonic()
     with pytest.raises(RecipeError, match=message) as error:
         load_preferences([DatasetEntry(**keys, columns=TEXT)], seed=0)
     assert "\n" not in str(error.value)
     assert time.monotonic() - started < 5
+
+
+def test_depth_counts_brackets_outside_of_texts(tmp_path):
+    path = write(tmp_path / "f.jsonl", [{**PLAIN, "chosen": '[{"' * 60}])
+    assert load_preferences([DatasetEntry(path, columns=TEXT)], seed=0)[0]["chosen"][:] == ['[{"' * 60]
+
+
+# name: (a column of one answer, what the message calls it; None: it is read)
+TYPES = {
+    "string_view": (pa.array(["a"], pa.string_view()), None),
+    "large string": (pa.array(["a"], pa.large_string()), None),
+    "bytes that are no text": (
+        pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")]),
+        "`chosen` is not UTF-8 text in row 0",
+    ),
+    "binary": (pa.array([b"a"]), "holds binary data, not text .*; write it as text"),
+    "date": (pa.array([date(2020, 1, 2)]), "holds a date, not text .*; write it as text"),
+    "time": (pa.array([datetime(2020, 1, 2)]), "holds a time, not text .*; write it as text"),
+    "decimal": (pa.array([Decimal("2.50")]), "holds a number, not text .*; write it as text"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_of_answers(name, tmp_path):
+    answers, message = TYPES[name]
+    pq.write_table(pa.table({"prompt": ["q"], "chosen": answers, "rejected": ["b"]}), tmp_path / "f.parquet")
+    entry = DatasetEntry(str(tmp_path / "f.parquet"), columns=TEXT)
+    if message is None:
+        assert load_preferences([entry], seed=0)[0]["chosen"][:] == ["a"]
+        return
+    with pytest.raises(RecipeError, match=message):
+        load_preferences([entry], seed=0)
+
+
+def test_decimal_scores(tmp_path):
+    table = pa.table(
+        {"prompt": ["q"], "chosen": ["a"], "rejected": ["b"], "w": [Decimal("2.50")], "l": [Decimal("1")]}
+    )
+    pq.write_table(table, tmp_path / "f.parquet")
+    rows, _ = load_preferences([DatasetEntry(str(tmp_path / "f.parquet"), columns=SCORES)], seed=0)
+    assert (rows["score_chosen"][:], rows["score_rejected"][:]) == ([2.5], [1.0])
 
 
 def test_layouts_that_differ_from_file_to_file(tmp_path):
@@ -758,6 +1099,34 @@ def test_a_hub_that_does_not_answer_is_left_alone(monkeypatch):
         with pytest.raises(RecipeError, match="nobody/nothing: .*the Hub can't be reached"):
             load_preferences([DatasetEntry("nobody/nothing", columns=TEXT)], seed=0)
         assert time.monotonic() - started < 5
+
+
+def test_oddities_are_counted(tmp_path):
+    """Messages dumped as text, by JSON or by Python, in any row; other JSON in most rows; scores against labels."""
+    talk = [user("hi")]
+    given = [
+        {"prompt": json.dumps(talk), "chosen": '{"answer": 42}', "rejected": "b", "w": 1.0, "l": 2.0},
+        {"prompt": str(talk), "chosen": "[a] plain {text}", "rejected": '["b"]', "w": 2.0, "l": 2.0},
+        {"prompt": "[1] is a reference", "chosen": "a", "rejected": "[2]", "w": 3.0, "l": 2.0},
+    ]
+    rows, _ = load_preferences([DatasetEntry(write(tmp_path / "f.jsonl", given), columns=SCORES)], seed=0)
+    scores, rejected, prompt = preferences.oddities(rows)
+    assert scores.startswith("in 1 of 3 rows with scores the rejected answer has the higher one (f.jsonl:0);")
+    assert rejected.startswith("2 of 3 rows hold JSON dumped as text in rejected, which")
+    assert prompt.startswith("2 of 3 rows hold messages dumped as text in prompt, which")
+    rows, _ = load_preferences([DatasetEntry(write(tmp_path / "g.jsonl", [PLAIN]), columns=TEXT)], seed=0)
+    assert preferences.oddities(rows) == []
+    tie = two(better="x", scores=["n", "s"], values={"x": {"draw": "tie"}})
+    rows, _ = load_preferences(
+        [DatasetEntry(write(tmp_path / "t.jsonl", [{**TWO, "x": "draw"}]), columns=tie)], seed=0
+    )
+    assert rows["tie"][:] == [True] and preferences.oddities(rows) == []
+    path = write(
+        tmp_path / "h.jsonl",
+        [{"m": [user("q"), assistant("a")]}, {"m": [user("q"), assistant('[{"role": "x", "content": "y"}]')]}],
+    )
+    talks = load_conversations([DatasetEntry(path, columns=Columns(conversation="m"))], seed=0)
+    assert preferences.oddities(talks)[0].startswith("1 of 2 rows hold messages dumped as text in messages")
 
 
 # ---------------------------------------------------------------------------------------------- conversations to learn
@@ -795,6 +1164,23 @@ def test_the_safer_answer_by_its_column(labels, tmp_path):
     rows = [pku(0, (True, False)), pku(1, (False, True))]
     wanted = [[*ASK, assistant("second")], [*ASK, assistant("first")]]
     assert learn(tmp_path, rows, columns=columns, answer="safer") == wanted
+
+
+def test_equal_scores_are_a_tie_where_nothing_else_puts_the_answers_in_order(tmp_path):
+    rows = [
+        {"p": "a?", "r": "yes", "s": "no", "b": 0, "v": -2, "x": 7, "y": 7},
+        {"p": "b?", "r": "yes", "s": "no", "b": 1, "v": 0, "x": 7, "y": 7},
+        {"p": "c?", "r": "yes", "s": "no", "b": 1, "v": 1, "x": 7, "y": 8},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    both = {"prompt": "p", "responses": ["r", "s"], "scores": ["x", "y"]}
+    for columns, ties in (
+        (Columns(prompt="p", chosen="r", rejected="s", score_chosen="x", score_rejected="y"), [True, True, False]),
+        (Columns(**both, better="b"), [False, False, False]),
+        (Columns(**both, preference="v"), [False, True, False]),
+    ):
+        found, _ = load_preferences([DatasetEntry(path=str(tmp_path / "rows.jsonl"), columns=columns)], 0)
+        assert found["tie"][:] == ties
 
 
 def test_the_safer_answer_by_labels_and_severities(tmp_path):

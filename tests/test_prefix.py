@@ -1,5 +1,6 @@
 """Shared pairs against the padded form in float64: log-probabilities, loss and every gradient, by architecture."""
 
+import copy
 import random
 from functools import partial
 
@@ -14,7 +15,6 @@ from conftest import build_model
 from core.modeling import attention
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
-    SHARED_ARCHITECTURES,
     PaddedCollator,
     PairOutputs,
     PrefixSharedCollator,
@@ -65,7 +65,8 @@ def full_norm(norm, epsilon, shift, hidden):
 
 def both_forms(model):
     """Two models of the same weights: one as transformers has it, one for shared batches."""
-    padded = without_rounding(type(model)(model.config).double())
+    # A config of its own: `enable_prefix_sharing` names its attention in the other's.
+    padded = without_rounding(type(model)(copy.deepcopy(model.config)).double())
     padded.load_state_dict(model.state_dict())
     add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
     enable_prefix_sharing(model)
@@ -128,6 +129,8 @@ def assert_same(padded, shared, pairs):
     loss, grads = gradients(shared, outputs)
     expected_loss, expected_grads = gradients(padded, expected)
     for name, value in outputs._asdict().items():
+        if name == "router_loss":
+            continue  # tests/test_architectures.py
         torch.testing.assert_close(value.double(), getattr(expected, name).double(), **EXACT, msg=name)
     torch.testing.assert_close(loss, expected_loss, **EXACT)
     assert grads.keys() == expected_grads.keys()
@@ -136,7 +139,7 @@ def assert_same(padded, shared, pairs):
     return grads
 
 
-@pytest.mark.parametrize("architecture", SHARED_ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gemma", "llama", "mistral", "phi3", "qwen2", "qwen3"])
 def test_each_architecture_with_grouped_queries(architecture):
     grads = assert_same(*both_forms(tiny(architecture)), make_pairs(8))
     assert len(grads) >= 15 and all(grad.abs().max() > 0 for grad in grads.values())
@@ -303,7 +306,7 @@ def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, gr
         ({}, 16, "None"),
         ({"sliding_window": 16}, 17, "not within the model's sliding window of 16 tokens"),
         ({"sliding_window": 16}, None, "not within the model's sliding window of 16 tokens"),
-        ({"attention_dropout": 0.1}, 16, "attention_dropout is 0.1"),
+        ({"attention_dropout": 0.1}, 16, "it draws dropout"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
             16,
@@ -318,4 +321,4 @@ def test_what_falls_back_to_padded_pairs(overrides, max_length, reason):
 def test_an_unknown_architecture_falls_back():
     model = build_model()
     model.config.model_type = "falcon"
-    assert "this model is a falcon" in unsupported_reason(model, 16)
+    assert "not established for a falcon" in unsupported_reason(model, 16)

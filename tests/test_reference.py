@@ -20,6 +20,7 @@ from trl import DPOConfig, ModelConfig
 
 from conftest import build_model
 from core.modeling import reference
+from core.modeling.policy import load_policy
 from core.modeling.reference import cached_logps, reference_gaps
 from core.modeling.reference_cache import ReferenceCache, open_cache, sequence_keys, weights_digest
 from core.runtime.errors import RecipeError
@@ -392,17 +393,20 @@ def test_an_adapter_counts_with_its_base(model_folder, tmp_path):
 def test_the_cache_tells_precisions_apart(model_folder, tmp_path, monkeypatch):
     """The launcher's too, which no key of the recipe names; and DeepSpeed casts weights where autocast does not."""
 
-    def name(dtype="float32", launched="no", deepspeed=None, **keys):
+    def name(dtype="float32", trained=None, launched="no", deepspeed=None, **keys):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
         args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, **({"bf16": False} | keys))
         args.deepspeed_plugin = deepspeed
         model = ModelConfig(model_name_or_path=model_folder, dtype=dtype)
-        return open_cache(str(tmp_path / "cache"), model, args).folder.name
+        loaded = load_policy(model, trained, args)
+        return open_cache(str(tmp_path / "cache"), model, args, loaded).folder.name
 
     names = [
-        name(), name("bfloat16"), name(bf16=True), name("bfloat16", bf16=True), name(deepspeed=object(), bf16=True)
+        name(), name(bf16=True), name("bfloat16", ["down_proj"], bf16=True), name("bfloat16", ["norm"], bf16=True),
+        name(deepspeed=object(), bf16=True),
     ]  # fmt: skip
-    assert len(set(names)) == 5 and name(launched="bf16") == names[2] and name(deepspeed=object()) == names[0]
+    assert len(set(names)) == 5 and name(launched="bf16") == names[1] and name(deepspeed=object()) == names[0]
+    assert name("bfloat16") == names[0] and name("bfloat16", bf16=True) == names[1], "float32 where all is trained"
     assert all(re.fullmatch(r"[\w-]+", name) for name in names)  # folder names everywhere
 
 
@@ -437,5 +441,11 @@ def test_gaps_of_a_selection_are_the_models_and_are_kept_for_the_run(model_folde
     gaps = reference_gaps(Dataset.from_list(rows), settings, args, **cached)
     np.testing.assert_allclose(gaps, expected(rows) @ [1, -1], rtol=1e-4, atol=1e-4)
     compute = OneByOne()
-    assert (run(rows, open_cache(cached["cache_folder"], settings, args), compute) @ [1, -1] == gaps).all()
+    assert (
+        run(rows, open_cache(cached["cache_folder"], settings, args, build_model()), compute) @ [1, -1] == gaps
+    ).all()
     assert compute.asked == []
+    lengths = np.array([[len(row["chosen_ids"]), len(row["rejected_ids"])] for row in rows])
+    assert (lengths[:, 0] != lengths[:, 1]).any()
+    by_token = reference_gaps(Dataset.from_list(rows), settings, args, **cached, per_token=True)
+    np.testing.assert_allclose(by_token, (expected(rows) / lengths) @ [1, -1], rtol=1e-4, atol=1e-4)

@@ -129,6 +129,15 @@ def test_promises(case):
             assert np.ptp(used[case["tasks"] :]) <= 1
 
 
+def test_no_update_holds_a_buffer_row_twice():
+    """Updates of 8 buffer rows over cycles of 16 to 21 rows, most of which end within an update."""
+    for buffers in range(16, 22):
+        sampler = sampler_of(40, buffers, accumulation=2, world_size=2)
+        stream = np.concatenate([sampler.order(epoch).reshape(sampler.updates, -1) for epoch in range(60)])
+        drawn = np.sort(np.where(stream >= 40, stream, -np.arange(stream.shape[1])), axis=1)
+        assert (np.diff(drawn, axis=1) != 0).all(), buffers
+
+
 @settings(max_examples=80, deadline=None)
 @given(cases, st.sampled_from([(1, 4), (2, 2), (4, 1)]), st.integers(0, 2))
 def test_updates_hold_the_same_rows_whatever_the_world_size(case, shape, epoch):

@@ -1,6 +1,7 @@
 """The scripts from a recipe to an output folder, on a tiny model and rows in a file."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -13,7 +14,8 @@ from trl import ModelConfig
 from conftest import WORDS, build_model
 from core.modeling.policy import verify_saved
 from core.runtime.errors import RecipeError
-from processes import run_script
+from core.runtime.run_lock import hold, release
+from processes import run_script, script_says
 
 RECIPE = """\
 model_name_or_path: {model}
@@ -90,7 +92,7 @@ def test_weights_that_were_saved_wrongly_are_told(model_folder, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 1
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RecipeError, match="loaded again, give other log-probabilities"):
+    with pytest.raises(RecipeError, match="1 of its tensors are not the trained ones: model.layers.1.mlp.down_proj"):
         verify_saved(str(tmp_path), config, trained, accelerator, rows)
 
 
@@ -194,10 +196,15 @@ def test_a_run_can_start_from_an_adapter(folder):
 
 
 def test_rows_are_chosen_by_the_references_gap(folder):
-    score = "--selection.score={signal: reference_gap, keep: 0.5, direction: hard}"
-    script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/gap")
-    counts = json.loads((folder / "gap" / "selection.json").read_text())["counts"]
-    assert counts["left"]["score"] == counts["left"]["labels"] // 2
+    """Whole, or of each token: other rows stay."""
+    kept = set()
+    for signal in ("reference_gap", "reference_gap_per_token"):
+        score = f"--selection.score={{signal: {signal}, keep: 0.5, direction: hard}}"
+        script("dpo", f"--config={folder}/full.yaml", score, f"--output_dir={folder}/{signal}")
+        selection = json.loads((folder / signal / "selection.json").read_text())
+        assert selection["counts"]["left"]["score"] == selection["counts"]["left"]["labels"] // 2
+        kept.add(selection["digest"])
+    assert len(kept) == 2
 
 
 def test_nothing_is_cached_where_the_reference_is_live(folder, monkeypatch):
@@ -221,3 +228,49 @@ def test_prompts_that_are_none(line, folder, tmp_path):
     ]
     code, errors = run_script("evaluate.py", [*arguments, f"--prompts={tmp_path}/prompts.jsonl", "--eval_strategy=no"])
     assert code == 2 and "prompts.jsonl, line 2: not an object with" in errors
+
+
+def test_a_run_by_its_path_goes_on_in_another_folder_as_the_run_that_it_is(folder, tmp_path):
+    """Run and check by the same code: another rate is refused by name, another log is said."""
+    recipe, checkpoint = f"--config={folder}/full.yaml", folder / "full" / "checkpoint-3"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["recipe"]["learning_rate"] == 0.01 and manifest["trained"]["tensors"] == 21
+    own = [recipe, f"--resume_from_checkpoint={checkpoint}", f"--output_dir={tmp_path}/on"]
+    launch = f"--accelerate_config={Path(__file__).parents[1]}/accelerate_configs/cpu.yaml"
+    for name, more in (("dpo", []), ("check", [launch])):
+        code, output, errors = script_says(f"{name}.py", [*own, *more, "--learning_rate=0.5", "--margin.preset=dpo"])
+        assert code == 2
+        told = errors + output
+        assert "learning_rate: 0.01 there, 0.5 here" in told and ", margin.preset" in told
+        assert f"model_name_or_path: {checkpoint}, another output_dir" in told and not (tmp_path / "on").exists()
+    code, output, _ = script_says("check.py", [*own, launch, "--logging_steps=1"])
+    assert code == 0 and f"going on from {checkpoint}, with logging_steps: 2 there, 1 here" in output
+    script("dpo", *own, "--logging_steps=1")
+    first, second = (load_file(place / "model.safetensors") for place in (folder / "full", tmp_path / "on"))
+    assert all(first[name].equal(second[name]) for name in first)
+
+
+def test_no_secret_is_in_what_a_run_leaves(folder, tmp_path, monkeypatch):
+    token = "hf_" + "aB3x" * 8
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef0123")
+    names = [f"--run_name={token}", "--system_message=ask https://me:hunter2@host or 0123456789abcdef0123"]
+    script("dpo", f"--config={folder}/full.yaml", *names, f"--output_dir={tmp_path}/run")
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file() and path.suffix in (".yaml", ".md", ".json", ".jsonl"):
+            text = path.read_text()
+            assert not any(word in text for word in (token, "hunter2", "0123456789abcdef0123")), path
+    code, errors = run_script(
+        "dpo.py", [f"--config={folder}/full.yaml", f"--output_dir={tmp_path}/a", f"--beta={token}"]
+    )
+    assert code == 2 and "hf_…" in errors and token not in errors
+
+
+def test_an_evaluation_does_not_write_where_a_run_is(folder):
+    hold(folder / "full", {"beta": 1})
+    try:
+        code, errors = run_script(
+            "evaluate.py", [f"--config={folder}/full/recipe.yaml", f"--model_name_or_path={folder}/full"]
+        )
+    finally:
+        release()
+    assert code == 2 and f"output_dir {folder}/full is in use by process {os.getpid()} on" in errors

@@ -92,7 +92,8 @@ OFF = "--selection.hygiene.min_answer_tokens=null"
         ({"prompt": "refused"}, "", "chat template: no such word"),
         ({"prompt": "refused"}, OFF, "chat template: no such word"),
         ({"prompt": "refused", "chosen": " "}, "", "empty"),
-        ({"prompt": "refused", "chosen": "brief"}, "", "min_characters"),
+        ({"prompt": "refused"}, "--selection.hygiene.unrenderable=drop", "unrenderable"),
+        (ODD, "--selection.hygiene.unrenderable=drop", "unrenderable"),
         ({"chosen": "refused and more"}, "", "chat template: no such word"),
         (
             ODD,
@@ -100,7 +101,6 @@ OFF = "--selection.hygiene.min_answer_tokens=null"
             "row task:1: the prompt's tokens are not the beginning of the prompt and rejected answer's: from '<|",
         ),
         (ODD | {"chosen": ODD["rejected"]}, "", "identical"),
-        (ODD, "--selection.score={signal: length_ratio, keep: 0.5, direction: easy}", "length_ratio"),
         (LONG, "", "min_answer_tokens"),
         (LONG, OFF, "row task:1: the prompt has 174 tokens and leaves no room for an answer under max_length 100"),
         (LONG | {"rejected": ""}, OFF, "empty"),
@@ -117,7 +117,7 @@ def test_hygiene_judges_before_a_row_that_cannot_be_tokenised_ends_the_run(
         "use_cpu: true\nbf16: false\nmax_length: 100\n"
         f"datasets: [{{path: {tmp_path}/rows.jsonl, source: task, "
         "columns: {prompt: prompt, chosen: chosen, rejected: rejected}}]\n"
-        "selection: {hygiene: {empty: drop, max_similarity: null, max_length_ratio: null}}\nmargin: {preset: dpo}\n"
+        "margin: {preset: dpo}\n"
         "trainable_parameters: [down_proj]\n"
     )
     resolved = build(resolve("dpo", ["--config", f"{tmp_path}/dpo.yaml", *filter(None, [argument])]))

@@ -85,12 +85,12 @@ class Stock(DPOTrainer):
         return self.order
 
 
-def stock_trainer(tmp_path, tokenizer, ref_model=None, peft_config=None, **overrides):
-    conversations = preference_rows(32).map(
+def stock_trainer(tmp_path, tokenizer, ref_model=None, peft_config=None, model=None, count=32, **overrides):
+    conversations = preference_rows(count).map(
         lambda row: {key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
     )
     return Stock(
-        model=build_model(),
+        model=build_model() if model is None else model,
         ref_model=ref_model,
         args=settings(tmp_path / "stock", **overrides),
         train_dataset=conversations.select_columns(["prompt", "chosen", "rejected"]),

@@ -8,16 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    set_seed,
-)
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from core.modeling.generation import generate
+from core.runtime import loading
 from grammar import Request, conversations, helpful_row, judge, requests, safety_row, split, spoil
 
 CONVERSATIONS = 32_000
@@ -114,8 +108,7 @@ def sample_pairs(folder: Path, seed: int) -> None:
 
 def answerer(model_folder: Path, seed: int) -> Callable[..., list[str]]:
     """The model in a folder, as a function from requests to its answers; a `temperature` of 0 is greedy."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_folder, padding_side="left")
+    model, tokenizer = loading.causal_lm(str(model_folder)).eval(), loading.tokenizer(str(model_folder))
     set_seed(seed)
 
     def answers(asked: list[Request], temperature: float = 1.0) -> list[str]:

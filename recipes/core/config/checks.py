@@ -7,7 +7,7 @@ from core.config.entries import check_conversations, check_preferences
 from core.config.reading import Document
 from core.config.schema import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
 from core.config.trl_keys import DEFAULTS
-from core.objective.presets import PAIR_CLASSES, PRESETS, Margin
+from core.objective.presets import PAIR_CLASSES, PRESETS, PROPORTIONAL, Margin
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean, show
 
@@ -65,6 +65,26 @@ def check_training(document: Document, recipe: Recipe, given: Given) -> None:
         )
 
 
+def settle_lora_dropout(
+    document: Document, recipe: Recipe, kind: str, model: Given, training: Given, announcements: list[str]
+) -> None:
+    """TRL's default of 0.05 is 0 where dropout is off or has no place; another number there is refused."""
+    if not model.get("use_peft"):
+        return
+    reason = None
+    if kind != "sft" and (DEFAULTS | training)["disable_dropout"]:
+        reason = "disable_dropout is true (its default)"
+    elif model.get("lora_target_parameters"):
+        reason = "adapters of lora_target_parameters have none"
+    if reason is None:
+        return
+    if model.get("lora_dropout"):
+        raise document.refuse(("lora_dropout",), f"has no effect: {reason}; set 0, or change that")
+    if "lora_dropout" not in model:
+        model["lora_dropout"] = 0.0
+        announcements.append(f"lora_dropout: 0, since {reason}")
+
+
 def expand_preset(document: Document, recipe: Recipe, training: Given, announcements: list[str]) -> None:
     """Put the preset's numbers where the recipe gives none of its own, and say so."""
     margin, selection = recipe.margin, recipe.selection
@@ -73,7 +93,16 @@ def expand_preset(document: Document, recipe: Recipe, training: Given, announcem
         margin.preset = "dpo"
         announcements.append("margin: not given, so plain DPO")
     if margin.preset is not None:
-        preset = PRESETS[margin.preset]
+        preset = dict(PRESETS[margin.preset])
+        proportional, beta = PROPORTIONAL.get(margin.preset), training.get("beta")
+        if proportional is not None and beta is not None:
+            ratio = preset[proportional] / preset["beta"]
+            preset[proportional] = ratio * beta
+            if beta != preset["beta"] and proportional not in given:
+                announcements.append(
+                    f"margin.{proportional} {ratio * beta:g} is {ratio:g} x beta {beta:g}, the ratio of preset "
+                    f"{margin.preset}"
+                )
         own = {
             "learning_rate": training.get("learning_rate"),
             "beta": training.get("beta"),

@@ -72,8 +72,8 @@ def check_conversations(entries: list[DatasetEntry]) -> None:
         if entry.columns.conversation is None:
             _check_pairs(with_answer(entry))
             continue
-        used = ("conversation", "messages", "row_id", "turns")
-        given = [key for key, value in vars(entry.columns).items() if value not in (None, []) and key not in used]
+        used = ("conversation", "leave_out", "messages", "row_id", "system", "turns")
+        given = [key for key, value in vars(entry.columns).items() if value not in (None, [], {}) and key not in used]
         if given or entry.answer != "chosen":
             other = f"columns.{given[0]}" if given else "`answer`"
             raise RecipeError(f"{place(entry)}: columns.conversation holds whole conversations; remove {other}")

@@ -19,6 +19,7 @@ from core.config.checks import (
     choose_reference_pass,
     expand_preset,
     fit_batch,
+    settle_lora_dropout,
 )
 from core.config.keys import usage
 from core.config.reading import dump, read
@@ -27,6 +28,7 @@ from core.config.trl_keys import MODEL
 from core.config.validation import check_keys
 from core.runtime.errors import RecipeError
 from core.runtime.files import replaced
+from core.runtime.text import masked, without_secrets
 
 if TYPE_CHECKING:
     from trl import DPOConfig, ModelConfig, SFTConfig
@@ -118,6 +120,7 @@ def look_over(
 
     hold(check_sources, kind)
     hold(check_training, model | training)
+    hold(settle_lora_dropout, kind, model, training, announcements)
     if model.get("use_peft") and recipe.trainable_parameters:
         model["lora_target_modules"] = recipe.trainable_parameters
     if kind != "sft":
@@ -131,7 +134,7 @@ def look_over(
     if kind != "evaluate":
         hold(fit_batch, training, world_size)
     if "dtype" not in model:
-        announcements.append("dtype float32 (TRL's default): the weights are loaded and saved in 32 bits")
+        announcements.append("dtype float32 (TRL's default): the weights are loaded in 32 bits")
     if training.get("save_only_model"):
         announcements.append("save_only_model: checkpoints hold no optimizer, so the run cannot be resumed")
     if training.get("max_steps", -1) > 0 and "num_train_epochs" in training:
@@ -184,16 +187,17 @@ def build(settings: Settings) -> Run:
 
 def save_recipe(resolved: Run, folder: str | Path) -> Path:
     """
-    Write the resolved recipe to `folder`/recipe.yaml, complete or not at all: `--config` of it is the same run.
+    Write the resolved recipe to `folder`/recipe.yaml, complete or not at all and without secrets: `--config` of it is
+    the same run.
 
     Returns:
         The file's path.
     """
     target = Path(folder) / "recipe.yaml"
     target.parent.mkdir(parents=True, exist_ok=True)
-    origin = " ".join([resolved.path, *resolved.overrides])
+    origin = without_secrets(" ".join([resolved.path, *resolved.overrides]))
     with replaced(target) as file:
-        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(resolved.values)}".encode())
+        file.write(f"# Resolved from {' '.join(origin.split())}\n{dump(masked(resolved.values))}".encode())
     return target
 
 

@@ -10,11 +10,13 @@ from core.runtime.described import key
 
 Action = Literal["drop", "error", "keep"]
 LabelPolicy = Literal["helpful", "safer", "safe_first", "safedpo_t"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 Two = Annotated[list[str], Field(min_length=2, max_length=2)]  # one column for each of a pair's two answers
 Severity = Annotated[int, Field(ge=0, le=3)]
+TIE = "tie"  # what a value of `columns.better` may mean in `columns.values`, beside 0 and 1
 
 
 def _one_or_more(given: Any) -> Any:
@@ -51,12 +53,19 @@ class Columns:
     """
 
     prompt: str | None = key(None, "a string or a list of messages; null: what chosen and rejected share", "prompt")
+    system: str | None = key(None, "a string that leads the prompt as its system message; may be empty", "system")
     chosen: str | None = key(None, "a string, a message, or a list of messages that ends in the answer", "chosen")
     rejected: str | None = key(None, "the same of the other answer", "rejected")
     responses: Two | None = key(None, "instead: two answers in no order of merit", "[response_0, response_1]")
     better: str | None = key(None, "with responses: 0 or 1, the better one", "better_response_id")
     preference: str | None = key(None, "with responses: a number; below 0 the first is better", "overall_preference")
     safer: str | None = key(None, "with responses: 0 or 1, for sft.py's `answer: safer`", "safer_response_id")
+    values: dict[str, dict[str, bool | float | str | None]] = key(
+        dict,
+        "by column: what its values mean, where they are not 0 and 1, true and false, or numbers; tie: neither is "
+        "better; null: not known",
+        "{winner: {model_a: 0, model_b: 1, both_bad: tie}}",
+    )
     chosen_safe: str | bool | None = key(None, "whether the chosen answer is safe", "true")
     rejected_safe: str | bool | None = key(None, "whether the rejected answer is safe", "true")
     safe: Two | None = key(None, "with responses: the same of each", "[is_response_0_safe, is_response_1_safe]")
@@ -70,6 +79,11 @@ class Columns:
     row_id: str | None = key(None, "what the audit calls the row; null: its number in the source", "id")
     conversation: str | None = key(None, "sft.py only: a list of messages that ends in the answer", "messages")
     messages: Messages = key(Messages, "how messages are written")
+    leave_out: list[str] = key(
+        list,
+        "columns, and fields of messages, that a template or a trainer would read and this run does without",
+        "[tools, reasoning_content]",
+    )
     turns: Turns | None = key(None, "where prompt, chosen and rejected are transcripts: their markers")
     extra: list[str] = key(list, "numeric columns to keep by name, for selection.score.signal", "[perplexity]")
 
@@ -97,30 +111,49 @@ class DatasetEntry:
 
 @dataclass
 class Hygiene:
-    """Rows that no run should train on. `keep` (or null) turns a rule off."""
+    """
+    Rows that no run should train on: by default those without a signal, or with a false one. `keep` (or null) turns a
+    rule off; what a rule that is off would drop is said by check and audit. Lengths are in tokens, an answer's with
+    what the template ends it with.
+    """
 
-    empty: Action = key("error", "an empty prompt or answer", "drop")
+    empty: Action = key("drop", "an empty prompt or answer", "error")
     identical: Action = key("drop", "chosen = rejected", "error")
     identical_tokens: Action = key(
         "drop", "answers that differ as texts, but not in the tokens that max_length leaves", "keep"
     )
-    max_similarity: Fraction | None = key(0.9, "of the two answers (rapidfuzz's normalised Indel similarity)", "0.95")
-    min_characters: Count | None = key(10, "of the shorter answer", "1")
-    max_length_ratio: Annotated[float, Field(ge=1)] | None = key(
-        3.0, "of the longer answer to the shorter, in characters", "5"
-    )
     duplicates: Action = key("drop", "the same prompt and answers but for case; the first row stays", "keep")
     contradictions: Action = key("drop", "the same pair labelled both ways; all of them go", "error")
-    ties: Action = key("drop", "equal scores, or a preference of 0", "keep")
+    ties: Action = key("drop", "a preference of 0, or equal scores of answers that nothing else puts in order", "keep")
+    unrenderable: Literal["drop", "error"] = key(
+        "error", "the chat template refuses the conversation, or leaves no answer to a prompt", "drop"
+    )
     min_answer_tokens: Count | None = key(16, "room that the prompt must leave under max_length", "64")
-    eval_ngram: Count | None = key(13, "this many words in a row shared with an evaluation prompt", "null")
+    eval_ngram: Count | None = key(
+        13,
+        "this many words in a row (letters, where words are not spaced) shared with an evaluation prompt",
+        "null",
+    )
+    min_tokens: Count | None = key(None, "of the shorter answer", "5")
+    max_length_ratio: Annotated[float, Field(ge=1)] | None = key(None, "of the longer answer to the shorter", "3")
+    max_similarity: Fraction | None = key(
+        None, "of the two answers' tokens (rapidfuzz's normalised Indel similarity)", "0.9"
+    )
 
 
 @dataclass
 class Score:
-    """Which rows of a ranked set stay."""
+    """
+    Which rows of a ranked set stay. A score's gap tells clear pairs from doubtful ones as well as the scores do. The
+    reference's gap is a sum over tokens and so ranks mostly by which answer is longer; per token it does not. A ratio
+    of lengths says nothing of which answer is better.
+    """
 
-    signal: str = key(..., "score_gap, severity_gap, length_ratio, reference_gap, or a column of extra", "score_gap")
+    signal: str = key(
+        ...,
+        "score_gap, severity_gap, length_ratio, reference_gap, reference_gap_per_token, or a column of extra",
+        "score_gap",
+    )
     keep: Fraction | None = key(None, "this part of the rows", "0.5")
     band: Annotated[list[float], Field(min_length=2, max_length=2)] | None = key(
         None, "instead: those between two quantiles", "[0.25, 0.75]"
@@ -175,8 +208,16 @@ class PreferenceRecipe:
     )
     prefix_sharing: bool = key(True, "compute a pair's prompt once for both answers", "false")
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    chat_template_kwargs: dict[str, Any] = key(
+        dict, "variables that the template reads, written into it as defaults", "{enable_thinking: false}"
+    )
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    save_dtype: SaveDtype | None = key(
+        None,
+        "of the final model; null: as the model that training began with, or float32 if that would undo the training",
+        "bfloat16",
+    )
     pairs_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
     num_processes: Count | None = key(None, "refuse to start on any other number", "8")
     reference_cache: str | None = key(
@@ -194,8 +235,16 @@ class SFTRecipe:
         None, "patterns of the weights to train; null: all; with LoRA its target modules", "down_proj"
     )
     chat_template_path: str | None = key(None, "a .jinja file; null: the model's own template", "chat.jinja")
+    chat_template_kwargs: dict[str, Any] = key(
+        dict, "variables that the template reads, written into it as defaults", "{enable_thinking: false}"
+    )
     system_message: str | None = key(None, "put before conversations that have none; may be empty", "Be safe.")
     pad_token: str | None = key(None, "one of the tokenizer's, where it has not said which it pads with", "<unk>")
+    save_dtype: SaveDtype | None = key(
+        None,
+        "of the final model; null: as the model that training began with, or float32 if that would undo the training",
+        "bfloat16",
+    )
     conversations_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
     num_processes: Count | None = key(None, "refuse to start on any other number", "8")
 
@@ -206,7 +255,7 @@ class EvaluateRecipe(PreferenceRecipe):
 
     datasets: list[DatasetEntry] = key(list, "the sources of rows, where there are no eval_datasets")
     prompts: str | None = key(
-        None, "a .txt (a prompt per line) or .jsonl (`prompt`, or `messages`) to answer", "prompts.txt"
+        None, "to answer: a .txt (one per line), a .csv (`prompt`) or a .jsonl (`prompt` or `messages`)", "prompts.txt"
     )
     max_new_tokens: Count = key(256, "of each answer", "64")
     reference_model: str | None = key(None, "null: rewards without a reference", "runs/sft")

@@ -80,6 +80,10 @@ RANGES: dict[str, Any] = _each(
 )  # fmt: skip
 
 
+def _each(reasons: dict[str, str]) -> dict[str, str]:
+    return {key: reason for keys, reason in reasons.items() for key in keys.split()}
+
+
 _REFUSED = _each(
     {
         "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage": (
@@ -132,7 +136,6 @@ _REFUSED_DPO = _REFUSED | _each(
         "discopop_tau": "the loss is chosen by margin.preset or margin.link",
         "padding_free": "use prefix_sharing: true, which lays pairs end to end without padding",
         "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps": "the reference model stays as it is",
-        "router_aux_loss_coef": "the loss has no router term; remove the key",
         "neftune_noise_alpha": "noise in the policy alone would not leave Δ = 0 at the start; use it in the SFT stage",
         "train_sampling_strategy dataloader_drop_last": "the order of rows follows selection.replay and seed",
         "average_tokens_across_devices": "the loss is a mean over pairs; remove the key",
@@ -156,6 +159,7 @@ RENAMED = {
     "batch_size": "per_device_train_batch_size",
     "epochs": "num_train_epochs",
     "max_prompt_length": "max_length (the prompt's room is selection.hygiene.min_answer_tokens)",
+    "selection.hygiene.min_characters": "selection.hygiene.min_tokens (tokens of the shorter answer; off by default)",
     "overwrite_output_dir": "resume_from_checkpoint, or another output_dir",
     "attn": "attn_implementation",
     "packing": "prefix_sharing",

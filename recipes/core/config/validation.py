@@ -116,8 +116,8 @@ def _nearest_value(errors: list[dict[str, Any]]) -> str:
 
 def _nearest_key(keys: Keys, kind: Kind) -> str:
     word, known = str(keys[-1]), keys_of(kind)
-    if len(keys) == 1 and word in RENAMED:
-        return f"; did you mean {RENAMED[word]}?"
+    if (path := dotted(keys)) in RENAMED:
+        return f"; did you mean {RENAMED[path]}?"
     elsewhere = [path for path in known if path.rpartition(".")[2] == word.rpartition(".")[2]]
     if elsewhere:
         where = ", a key within a section" if "." in elsewhere[0] else ", at the top level"

@@ -4,30 +4,39 @@ A value that is of no use is raised as `BadRow`, so that a row's first fault is 
 """
 
 import math
-from typing import NamedTuple
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 from datasets import Dataset
 
 from core.config.schema import Columns, Messages
+from core.data.codings import Code, code_of, is_missing, number, sort_of, word
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean
 
 TEXT, MESSAGE, MESSAGES = "text", "a message", "a list of messages"
 NUMBER, BOOLEAN, FLAGS, NULL = "a number", "a boolean", "a struct of booleans", "nothing but null"
-KINDS = {str: TEXT, bool: BOOLEAN, int: NUMBER, float: NUMBER, dict: MESSAGE, list: MESSAGES}  # of Python's types
+# Of Python's types.
+KINDS = {
+    str: TEXT, bool: BOOLEAN, int: NUMBER, float: NUMBER, Decimal: NUMBER, dict: MESSAGE, list: MESSAGES,
+    bytes: "binary data", date: "a date", datetime: "a time",
+}  # fmt: skip
 # What the column may hold that a key of `columns` names.
 ALLOWED = {
     **dict.fromkeys(["prompt", "chosen", "rejected", "responses"], (TEXT, MESSAGE, MESSAGES)),
+    "system": (TEXT,),
     "conversation": (MESSAGES, TEXT),
-    **dict.fromkeys(["better", "safer"], (NUMBER, BOOLEAN)),
-    **dict.fromkeys(["chosen_safe", "rejected_safe", "safe"], (BOOLEAN, NUMBER)),
-    **dict.fromkeys(["preference", "chosen_severity", "rejected_severity", "severity"], (NUMBER,)),
-    **dict.fromkeys(["score_chosen", "score_rejected", "scores"], (NUMBER,)),
+    **dict.fromkeys(["better", "safer", "preference", "extra"], (NUMBER, BOOLEAN, TEXT)),
+    **dict.fromkeys(["chosen_safe", "rejected_safe", "safe"], (BOOLEAN, NUMBER, TEXT)),
+    **dict.fromkeys(["chosen_severity", "rejected_severity", "severity"], (NUMBER, BOOLEAN, TEXT)),
+    **dict.fromkeys(["score_chosen", "score_rejected", "scores"], (NUMBER, BOOLEAN, TEXT)),
     "category": (TEXT, FLAGS),
     "row_id": (TEXT, NUMBER),
-    "extra": (NUMBER,),
 }
+# Columns that say what the model is to see beside prompt and answers: read by a key, left out on purpose, or refused.
+SEEN_BESIDE = ("system", "tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 
 
 class Found(NamedTuple):
@@ -35,6 +44,7 @@ class Found(NamedTuple):
 
     path: list[str]  # its name, or the names on the way into a struct
     kind: str  # what its first value is, and every other has to be
+    codes: dict[str, Code | None]  # what its values mean, by what is asked of them (`codings.sort_of`)
 
 
 def check_columns(rows: Dataset, columns: Columns, where: str) -> dict[str, Found]:
@@ -54,10 +64,46 @@ def check_columns(rows: Dataset, columns: Columns, where: str) -> dict[str, Foun
         value = getattr(columns, key)
         for name in value if isinstance(value, list) else [value]:
             if isinstance(name, str):  # and no constant
-                found[name] = _find(rows, key, name, wanted, columns, where)
+                column = _find(rows, key, name, wanted, columns, where)
+                sort, codes = sort_of(key), found[name].codes if name in found else {}
+                if sort is not None:
+                    codes[sort] = code_of(rows, key, name, column.path, columns, where)
+                found[name] = column._replace(codes=codes)
+    for name in columns.values:
+        if name not in found or not found[name].codes:
+            coded = [name for name, column in found.items() if column.codes]
+            raise RecipeError(
+                f"{where}: columns.values names {name!r}, which no key of `columns` reads as a code"
+                + (did_you_mean(name, coded) or "; remove it")
+            )
     if columns.conversation is None:
         _check_answers(columns, found, where)
+    _check_beside(rows, columns, found, where)
     return found
+
+
+def _check_beside(rows: Dataset, columns: Columns, found: dict[str, Found], where: str) -> None:
+    for name in set(SEEN_BESIDE) & set(rows.column_names) - {column.path[0] for column in found.values()}:
+        if name in columns.leave_out:
+            continue
+        filled = sum(
+            not is_empty(value)
+            for table in rows.select_columns(name).with_format("arrow").iter(batch_size=10_000)
+            for value in table[name].to_pylist()
+        )
+        if filled:
+            way = "name it by columns.system, or " if name == "system" else "prompts and answers are text alone; "
+            raise RecipeError(
+                f"{where}: {filled:,} rows have something in the column {name!r}, which no key of `columns` reads: "
+                f"{way}leave it out on purpose with columns.leave_out: [{name}]"
+            )
+
+
+def is_empty(value: object) -> bool:
+    """Whether a value says nothing: null, or no item or field that says something; JSON in a text counts as itself."""
+    if isinstance(value, dict):
+        return all(map(is_empty, value.values()))
+    return value is None or isinstance(value, (str, list)) and value in ("", "[]", "{}", "null", [])
 
 
 def _find(rows: Dataset, key: str, name: str, wanted: tuple[str, ...], columns: Columns, where: str) -> Found:
@@ -74,10 +120,11 @@ def _find(rows: Dataset, key: str, name: str, wanted: tuple[str, ...], columns: 
     if columns.turns and TEXT in wanted and MESSAGES in wanted:
         wanted, as_asked = (TEXT,), " as columns.turns asks"
     if kind not in (*wanted, NULL):
+        way = "; write it as text in the source" if TEXT in wanted and kind in KINDS.values() and not as_asked else ""
         raise RecipeError(
-            f"{where}: columns.{key} names {name!r}, which holds {kind}, not {' or '.join(wanted)}{as_asked}"
+            f"{where}: columns.{key} names {name!r}, which holds {kind}, not {' or '.join(wanted)}{as_asked}{way}"
         )
-    return Found(path, kind)
+    return Found(path, kind, {})
 
 
 def _check_answers(columns: Columns, found: dict[str, Found], where: str) -> None:
@@ -144,7 +191,7 @@ class Row:
 
     def value(self, name: str) -> object:
         """The value of a column; null as None."""
-        path, kind = self.found[name]
+        path, kind, _ = self.found[name]
         value = value_at(self.values, path)
         if value is not None and KINDS[type(value)] != (MESSAGE if kind == FLAGS else kind):
             raise BadRow(
@@ -164,28 +211,33 @@ class Row:
         # A column of whole numbers and nulls may have become one of floats: Arrow writes 3.0 as 3.
         return pa.scalar(value).cast(pa.string()).as_py() if isinstance(value, float) else str(value)
 
+    def code(self, name: str, sort: str) -> Any:
+        """What a value means that is read as a code; None where nothing is known."""
+        path, _, codes = self.found[name]
+        value = value_at(self.values, path)
+        if is_missing(value):
+            return None
+        if codes[sort] is not None:
+            return codes[sort][word(value)]
+        if KINDS[type(value)] not in (NUMBER, TEXT):
+            raise BadRow(f"`{name}` holds {KINDS[type(value)]} where the first row holds {NUMBER}")
+        if isinstance(value, str) and (value := number(value)) is None:
+            raise BadRow(f"`{name}` holds text that is not a number")
+        return value
+
     def score(self, name: str) -> float:
         """A finite number. A null is a fault: JSON has no NaN, and some readers make it null."""
-        value = self.value(name)
+        value = self.code(name, "number")
         if value is None or not math.isfinite(value):
             raise BadRow(f"`{name}` is not a finite number")
         return float(value)
 
-    def choice(self, name: str) -> bool:
-        """Which of two answers a column names, as whether it is the second."""
-        value = self.value(name)
-        if value not in (0, 1):
-            raise BadRow(f"`{name}` is neither 0 nor 1")
-        return value == 1
-
-    def label(self, name: str, allowed: tuple) -> bool | int | None:
-        """The one of the allowed labels that a value equals; None where a row has none."""
-        value = self.value(name)
+    def choice(self, name: str) -> int | str:
+        """Which of two answers a column names, 0 or 1, or `schema.TIE`."""
+        value = self.code(name, "better")
         if value is None:
-            return None
-        if value not in allowed:
-            raise BadRow(f"`{name}` is none of {', '.join(str(int(label)) for label in allowed)}")
-        return allowed[allowed.index(value)]
+            raise BadRow(f"`{name}` is neither 0 nor 1")
+        return value
 
     def category(self) -> str | None:
         """The texts and the names of the true flags, joined by commas; None where there are none."""

@@ -12,10 +12,15 @@ import pyarrow as pa
 from datasets import Features
 
 from core.config.entries import PAIRED
-from core.config.schema import Columns, Messages, Turns
-from core.data.columns import MESSAGES, TEXT, BadRow, Found, Row
+from core.config.schema import TIE, Columns, Turns
+from core.data.columns import MESSAGES, TEXT, BadRow, Found, Row, is_empty
 
 ROLES = ("system", "user", "assistant")
+# What templates and trainers read of a message beside its role and text.
+SEEN_BESIDE = (
+    "reasoning_content", "reasoning", "thinking", "tool_calls", "function_call", "tool_call_id", "image", "images",
+    "audio", "video",
+)  # fmt: skip
 
 Message = dict[str, str]  # {role, content}
 
@@ -57,8 +62,8 @@ def map_batch(
 
 # How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
 READERS = {
-    "safe": lambda row, name: row.label(name, (False, True)),
-    "severity": lambda row, name: row.label(name, (0, 1, 2, 3)),
+    "safe": lambda row, name: row.code(name, "safe"),
+    "severity": lambda row, name: row.code(name, "severity"),
     "scores": Row.score,
 }
 
@@ -70,11 +75,12 @@ def read_pair(row: Row) -> dict:
     (head, first_answer), (other_head, second_answer) = _split_answer(row, first), _split_answer(row, second)
     if head != other_head:
         raise BadRow(f"`{first}` and `{second}` have different prompts")
-    prompt = _prompt(row, head, first)
+    prompt = _led_by_system(row, _prompt(row, head, first))
 
     swap = tie = False
     if columns.better is not None:
-        swap = row.choice(columns.better)
+        choice = row.choice(columns.better)
+        swap, tie = choice == 1, choice == TIE
     elif columns.preference is not None:
         preference = row.score(columns.preference)
         swap, tie = preference > 0, preference == 0
@@ -86,7 +92,9 @@ def read_pair(row: Row) -> dict:
         sides = names or [getattr(columns, key) for key in keys]
         pair = [READERS[both](row, side) if isinstance(side, str) else side for side in sides]
         values |= zip(keys, _in_order(pair, swap) if names else pair, strict=True)
-    values["tie"] = tie or (values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"])
+    if columns.better is None and columns.preference is None:  # else these put the answers in order, not their scores
+        tie = values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"]
+    values["tie"] = tie
     values["category"] = row.category()
     return values | {name: row.score(name) for name in columns.extra}
 
@@ -122,7 +130,7 @@ def read_conversation(row: Row) -> dict:
     head, answer = _split_answer(row, name)
     if not answer.strip():
         raise BadRow(f"`{name}` ends in an empty answer")
-    return {"messages": [*head, {"role": "assistant", "content": answer}]}
+    return {"messages": [*_led_by_system(row, head), {"role": "assistant", "content": answer}]}
 
 
 def _conversation(row: Row, name: str, role: str) -> list[Message]:
@@ -137,7 +145,7 @@ def _conversation(row: Row, name: str, role: str) -> list[Message]:
         if preamble:
             raise BadRow(f"`{name}` does not begin with a marker of columns.turns")
     else:
-        messages = [_message(message, row.columns.messages) for message in (value if kind == MESSAGES else [value])]
+        messages = [_message(message, row.columns, name) for message in (value if kind == MESSAGES else [value])]
     if not messages:
         raise BadRow(f"`{name}` holds no message")
     for message in messages:
@@ -146,16 +154,49 @@ def _conversation(row: Row, name: str, role: str) -> list[Message]:
                 f"`{name}` has a message of the role {message['role']!r}, none of {', '.join(ROLES)} (map it with "
                 "columns.messages.roles)"
             )
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise BadRow(f"`{name}` has a message without text")
     return messages
 
 
-def _message(message: object, spec: Messages) -> dict:
-    """A message under our names, with the source's role turned into ours; what else it holds is left out."""
-    fields = message if isinstance(message, dict) else {}
+def _message(message: object, columns: Columns, name: str) -> Message:
+    """
+    A message under our names, with the source's role turned into ours. What a template would read beside that is a
+    fault; what else it holds, such as an id, is left out.
+    """
+    spec, fields = columns.messages, message if isinstance(message, dict) else {}
+    for field in SEEN_BESIDE:
+        if field != spec.content:
+            _refuse_beside(field, fields.get(field), columns, f"`{name}` has a message with `{field}`")
     role = fields.get(spec.role)
-    return {"role": spec.roles.get(str(role), role), "content": fields.get(spec.content)}
+    return {"role": spec.roles.get(str(role), role), "content": _text(fields.get(spec.content), columns, name)}
+
+
+def _refuse_beside(field: str, value: object, columns: Columns, what: str) -> None:
+    if field not in columns.leave_out and not is_empty(value):
+        raise BadRow(f"{what}, and only text is read (leave it out on purpose with columns.leave_out: [{field}])")
+
+
+def _text(content: object, columns: Columns, name: str) -> str:
+    """The text of a message, which may come as parts: [{type: text, text: …}], a list of texts, or {text: …}."""
+    parts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, dict):
+            kind = part.get("type")
+            if kind in columns.leave_out:
+                continue
+            if kind not in (None, "text"):
+                raise BadRow(
+                    f"`{name}` has a message with a part of the type {kind!r}, and only text is read (leave it out on "
+                    f"purpose with columns.leave_out: [{kind}])"
+                )
+            for field in part.keys() - {"type", "text"}:
+                _refuse_beside(field, part[field], columns, f"`{name}` has a part of a message with `{field}`")
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise BadRow(f"`{name}` has a message without text")
+        parts.append(part)
+    if not parts:
+        raise BadRow(f"`{name}` has a message without text")
+    return "".join(parts)
 
 
 def _split_answer(row: Row, name: str) -> tuple[list[Message], str]:
@@ -181,6 +222,19 @@ def _prompt(row: Row, head: list[Message], answer_name: str) -> list[Message]:
     if head and not agree:
         raise BadRow(f"`{name}` is not the prompt that `{answer_name}` begins with")
     return head or prompt
+
+
+def _led_by_system(row: Row, prompt: list[Message]) -> list[Message]:
+    """The prompt behind the text of `columns.system`, where that is not empty."""
+    name = row.columns.system
+    text = None if name is None else row.value(name)
+    if not (text or "").strip():
+        return prompt
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"] == text:
+            return prompt
+        raise BadRow(f"`{name}` is not the system message that the prompt begins with")
+    return [{"role": "system", "content": text}, *prompt]
 
 
 def _cut_transcript(text: str, turns: Turns) -> tuple[str, list[Message]]:

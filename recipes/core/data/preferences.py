@@ -1,5 +1,7 @@
 """Rows of one schema from sources of any layout: the recipe's mapping is applied, and every bad row is named."""
 
+import ast
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -7,14 +9,16 @@ from functools import partial
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
 from core.config.schema import DatasetEntry
+from core.data.caches import mapped
 from core.data.columns import Row, check_columns
 from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
-from core.data.sources import draw_fraction, load_rows
+from core.data.sources import draw_fraction, load_rows, not_text
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
 
@@ -43,7 +47,7 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = code_digest("data/preferences", "data/mapping", "data/columns", "config/entries")
+CODE = code_digest("data/preferences", "data/mapping", "data/columns", "data/codings", "config/entries")
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:
@@ -94,6 +98,58 @@ def load_conversations(entries: list[DatasetEntry], seed: int, num_proc: int | N
     return datasets.concatenate_datasets(parts)
 
 
+def oddities(rows: Dataset) -> list[str]:
+    """What of loaded pairs or conversations is trained as it stands and hardly meant so: lines, with counts."""
+    found = []
+    if "messages" in rows.column_names:
+        texts = {"messages": [talk[-1]["content"] for talk in rows["messages"]]}
+    else:
+        texts = {side: rows[side][:] for side in ("chosen", "rejected")}
+        texts["prompt"] = [prompt[-1]["content"] for prompt in rows["prompt"]]
+        table = rows.with_format("arrow")
+        gaps = pc.subtract(table["score_chosen"][:], table["score_rejected"][:]).to_numpy()
+        gaps = np.where(table["tie"][:].to_numpy(), 0, gaps)  # of a tie, neither is the chosen one
+        if against := int((gaps < 0).sum()):
+            first = ", ".join(rows["row_id"][int(row)] for row in np.flatnonzero(gaps < 0)[:ROWS_NAMED])
+            scored = int((~np.isnan(gaps)).sum())
+            found.append(
+                f"in {against:,} of {scored:,} rows with scores the rejected answer has the higher one ({first}); "
+                "labels and scores contradict each other there"
+            )
+    for part, held in texts.items():
+        dumped = [_dumped(text) for text in held]
+        messages, some = dumped.count("messages"), sum(kind is not None for kind in dumped)
+        if messages or some > len(held) / 2:  # a single answer in JSON may be what was asked for
+            count = messages or some
+            found.append(
+                f"{count:,} of {len(held):,} rows hold {'messages' if messages else 'JSON'} dumped as text in {part}, "
+                "which is trained as it stands; parse it in the source, so that the column holds messages"
+            )
+    return found
+
+
+def _dumped(text: str) -> str | None:
+    """What a text dumps, as JSON or as Python writes it: `messages`, other `data`, or None where it is text."""
+    text = text.strip()
+    if not (text.startswith(("[", "{")) and text.endswith(("]", "}"))):
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        if not text.startswith(("[{'", "{'", "['")):
+            return None
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return None
+    items = value if isinstance(value, list) else [value]
+    fields = ({"role", "content"}, {"from", "value"}, {"type", "text"})
+    is_talk = bool(items) and all(
+        isinstance(item, dict) and any(pair <= item.keys() for pair in fields) for item in items
+    )
+    return "messages" if is_talk else "data"
+
+
 def _map(
     entry: DatasetEntry,
     source: str,
@@ -103,8 +159,23 @@ def _map(
     features: Features,
 ) -> tuple[Dataset, BadRows]:
     """An entry's rows through `read`, cached on disk; bad rows are refused, or dropped and listed."""
-    where, columns = place(entry), entry.columns
     rows = load_rows(entry).with_format(None)
+    try:
+        return _map_rows(rows, entry, source, seed, num_proc, read, features)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{place(entry)}: {not_text(rows)}") from error
+
+
+def _map_rows(
+    rows: Dataset,
+    entry: DatasetEntry,
+    source: str,
+    seed: int,
+    num_proc: int | None,
+    read: Callable[[Row], dict],
+    features: Features,
+) -> tuple[Dataset, BadRows]:
+    where, columns = place(entry), entry.columns
     found = check_columns(rows, columns, where)
     numbers = np.arange(len(rows))
     if entry.fraction is not None and entry.fraction < 1:
@@ -116,8 +187,10 @@ def _map(
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
     settings = {"columns": columns, "found": found, "constants": {"source": source, "role": entry.role}}
     features = Features({**features, "row_id": Value("string"), "fault": Value("string")})
-    mapped = rows.map(
+    mapped_rows = mapped(
+        rows,
         map_batch,
+        where,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -129,15 +202,15 @@ def _map(
         desc=f"rows of {source}",
     )
     if columns.row_id is not None:
-        _check_row_ids(mapped["row_id"][:], columns.row_id, where)
-    is_bad = np.array(mapped.data.column("fault").is_valid())
-    mapped, bad = mapped.remove_columns("fault"), mapped.select(np.flatnonzero(is_bad))
+        _check_row_ids(mapped_rows["row_id"][:], columns.row_id, where)
+    is_bad = np.array(mapped_rows.data.column("fault").is_valid())
+    mapped_rows, bad = mapped_rows.remove_columns("fault"), mapped_rows.select(np.flatnonzero(is_bad))
     if not len(bad):
-        return mapped, []
-    if entry.bad_rows == "error" or len(bad) == len(mapped):
-        raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped))}")
+        return mapped_rows, []
+    if entry.bad_rows == "error" or len(bad) == len(mapped_rows):
+        raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped_rows))}")
     dropped = [{"row_id": row["row_id"], "source": source, "reason": row["fault"]} for row in bad]
-    return mapped.select(np.flatnonzero(~is_bad)), dropped
+    return mapped_rows.select(np.flatnonzero(~is_bad)), dropped
 
 
 def _check_row_ids(ids: list[str], name: str, where: str) -> None:

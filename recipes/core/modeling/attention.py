@@ -68,6 +68,8 @@ def prefix_shared_attention(
     """
     if pair_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert all(kwargs.get(name) is None for name in ("softcap", "s_aux", "position_bias")), "not over shared pairs"
+    assert not kwargs.get("dropout"), "no dropout over shared pairs"
     if packed is not None and has_varlen_kernel(query):
         return _attend_packed(query, key, value, scaling, packed), None
     return _attend_pair_by_pair(query, key, value, scaling, pair_lengths), None

@@ -1,33 +1,41 @@
 """A model's answers to prompts from a file."""
 
+import io
 import json
 from pathlib import Path
 
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from core.modeling.precision import HALF
 from core.runtime.errors import RecipeError
 
 
 def read_prompts(path: str) -> list[list[dict[str, str]]]:
     """
-    Conversations to answer: a .txt file with a prompt per line, or a .jsonl file whose lines have `prompt` (a string)
-    or `messages`.
+    Conversations to answer: a .txt file with a prompt per line, a .csv file with a column `prompt`, or a .jsonl file
+    whose lines have `prompt` (a string) or `messages`.
 
     Raises:
         RecipeError: the file, or one of its lines, is not that; it names the line.
     """
     file = Path(path)
-    if file.suffix not in (".txt", ".jsonl"):
-        raise RecipeError(f"prompts: {path} is neither a .txt (a prompt per line) nor a .jsonl file")
+    if file.suffix not in (".txt", ".jsonl", ".csv"):
+        raise RecipeError(f"prompts: {path} is none of .txt (a prompt per line), .jsonl and .csv (a column `prompt`)")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RecipeError(f"prompts: {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"prompts: {path} is not UTF-8 text; save it as UTF-8") from error
     prompts = []
+    lines = text.splitlines()
+    if file.suffix == ".csv":
+        lines, prompts = [], _prompts_of_csv(text, path)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -44,6 +52,18 @@ def read_prompts(path: str) -> list[list[dict[str, str]]]:
     if not prompts:
         raise RecipeError(f"prompts: {path} holds no prompt")
     return prompts
+
+
+def _prompts_of_csv(text: str, path: str) -> list[list[dict[str, str]]]:
+    mark = max(",;\t|", key=text.partition("\n")[0].count)
+    try:
+        # As text, each field: a prompt of digits, or one that reads "None", is a prompt.
+        rows = pd.read_csv(io.StringIO(text), sep=mark, dtype=str, keep_default_na=False, index_col=False)
+    except ValueError as error:
+        raise RecipeError(f"prompts: {path}: {' '.join(str(error).split())}") from error
+    if "prompt" not in rows:
+        raise RecipeError(f"prompts: {path} has the columns {', '.join(rows)}; call the one of prompts `prompt`")
+    return [[{"role": "user", "content": prompt}] for prompt in rows["prompt"] if prompt.strip()]
 
 
 def _conversation(row: dict) -> list[dict[str, str]]:
@@ -65,6 +85,9 @@ def generate(
 ) -> list[str]:
     """The model's answer to each conversation, greedy unless `sampling` says otherwise, in their order."""
     answers: list[str] = [""] * len(conversations)
+    # A template may end a turn with a token of its own; the model's generation_config then names it.
+    stops = model.generation_config.eos_token_id or []
+    stops = sorted({tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])})
     texts = [
         tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True) for turns in conversations
     ]
@@ -80,7 +103,7 @@ def generate(
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=stops,
             **({"do_sample": False} | sampling),
         )
         for index, answer in zip(batch, ids[:, inputs["input_ids"].shape[1] :], strict=True):
@@ -97,8 +120,9 @@ def answer_prompts(
 ) -> None:
     """Write `output_dir`/generations.jsonl: a line per prompt with `messages` and `answer`, in their order."""
     model = model.to(args.device).eval()
-    state = PartialState()
-    with state.split_between_processes(prompts) as mine:
+    state, mixed = PartialState(), HALF.get(args.mixed_precision)  # weights may be of several dtypes
+    autocast = torch.autocast(args.device.type, dtype=mixed, enabled=mixed is not None)
+    with state.split_between_processes(prompts) as mine, autocast:
         answers = gather_object(generate(model, tokenizer, mine, max_new_tokens, args.per_device_eval_batch_size))
     if state.is_main_process:
         path = Path(args.output_dir) / "generations.jsonl"

@@ -9,9 +9,11 @@ import types
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput, maybe_gather_lm_head_ctx
 
+# Names of what a config multiplies or divides logits by, as `add_fused_lm_head` reads them.
+LOGIT_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 TILE_TOKENS = 256  # fewer weigh on the matrix products, more on the cache
 
 
@@ -20,10 +22,13 @@ def add_answer_head(model: PreTrainedModel) -> None:
     Let `model(…, answer_labels=labels)` return what TRL's fused head would for `shift_labels=labels`, without a loss.
 
     `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. With
-    `answer_statistics=False` there are log-probabilities alone. For models whose logits are a plain projection: no
-    softcapping, no logit scale, no router loss.
+    `answer_statistics=False` there are log-probabilities alone. Where logits are more than a projection (softcapped,
+    or scaled), and with a router's loss, it is TRL's head.
+
+    Args:
+        model: with TRL's fused head, or before it gets one.
     """
-    original_forward = model.forward
+    original_forward, projects = model.forward, projects_plainly(model.config)
 
     @functools.wraps(type(model).forward)  # `generate` reads the signature
     def forward(
@@ -35,6 +40,9 @@ def add_answer_head(model: PreTrainedModel) -> None:
     ) -> Any:
         if answer_labels is None:
             return original_forward(*args, **kwargs)
+        if not projects or kwargs.get("output_router_logits"):
+            # Through the outermost forward: TRL's head may have been added after this one.
+            return self.forward(*args, shift_labels=answer_labels, fused_lm_head=True, **kwargs)
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         labels = answer_labels.flatten()
         scored = (labels != -100).nonzero().squeeze(1)
@@ -55,6 +63,15 @@ def add_answer_head(model: PreTrainedModel) -> None:
         return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
 
     model.forward = types.MethodType(forward, model)
+
+
+def projects_plainly(config: PretrainedConfig) -> bool:
+    """Whether a model's logits are W·h + b and no more, as far as TRL's head can tell."""
+    config = config.get_text_config()
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        return False
+    scales = (getattr(config, name, None) for name in LOGIT_SCALES)
+    return all(scale in (None, 1.0) for scale in scales)
 
 
 class AnswerLogProbs(torch.autograd.Function):

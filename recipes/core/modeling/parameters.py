@@ -1,15 +1,25 @@
 """Selective parameters: which weights are trained, all others frozen or left to LoRA's adapters."""
 
+import copy
 import difflib
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import ModelConfig, get_peft_config
 
 from core.runtime.errors import RecipeError
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+# Mamba's kernels read these weights themselves and pass an adapter by.
+MIXER_WEIGHTS = ["conv1d", "x_proj", "dt_proj", "out_proj"]
 
 
 def numel(parameter: nn.Parameter) -> int:
@@ -56,11 +66,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Module) -> LoraConfig | None:
     """
-    LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules.
+    LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules, which are by default
+    all linear layers but the head.
 
     Raises:
-        RecipeError: a target that is the name of no module (the message lists near names), or a model that is itself
-            an adapter, since the new one would be saved as one of the base model.
+        RecipeError: a name that is in no module or parameter (the message lists near names), what PEFT cannot adapt
+            or a merge would not keep, or a model that is itself an adapter, since the new one would be saved as one of
+            the base model.
     """
     if not settings.use_peft:
         return None
@@ -68,19 +80,71 @@ def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Mod
         raise RecipeError(
             f"model {settings.model_name_or_path} is an adapter; merge and save it first, or train without use_peft"
         )
-    targets = patterns or settings.lora_target_modules  # None lets PEFT choose by architecture
-    names = [name for name, _ in model.named_modules()]
-    for target in targets if isinstance(targets, list) else []:
-        if not any(f".{name}".endswith(f".{target}") for name in names):
-            key = "trainable_parameters" if patterns else "lora_target_modules"
+    config = get_peft_config(settings)
+    targets = patterns or settings.lora_target_modules or (None if config.target_parameters else ALL_LINEAR)
+    modules = [name for name, _ in model.named_modules()]
+    if isinstance(targets, str) and targets in {name.rpartition(".")[2] for name in modules}:
+        targets = [targets]  # a name, where PEFT would read a pattern of the whole path
+    if targets in (ALL_LINEAR, [ALL_LINEAR]):
+        targets = ALL_LINEAR
+        if any("mamba" in type(module).__name__.lower() for module in model.modules()):
+            config.exclude_modules = MIXER_WEIGHTS
+    elif isinstance(targets, str):
+        _refuse_unknown("lora_target_modules", [targets], modules, model, _matches_whole)
+    else:
+        key = "trainable_parameters" if patterns else "lora_target_modules"
+        _refuse_unknown(key, targets or [], modules, model, _ends_path)
+    parameters = [name for name, _ in model.named_parameters()]
+    _refuse_unknown("lora_target_parameters", config.target_parameters or [], parameters, model, _ends_path)
+    _refuse_unknown("lora_modules_to_save", config.modules_to_save or [], modules, model, str.endswith)
+    config.target_modules = set(targets) if isinstance(targets, list) else targets
+    _rehearse(config, model)
+    return config
+
+
+def _ends_path(name: str, target: str) -> bool:
+    return f".{name}".endswith(f".{target}")
+
+
+def _matches_whole(name: str, pattern: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise RecipeError(f"lora_target_modules: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _refuse_unknown(
+    key: str, given: list[str], names: list[str], model: nn.Module, matches: Callable[[str, str], bool]
+) -> None:
+    for target in given:
+        if not any(matches(name, target) for name in names):
             raise RecipeError(
-                f"{key}: {target!r} is no module of {type(model).__name__} that LoRA could adapt; near names: "
+                f"{key}: {target!r} is in no name of {type(model).__name__} that LoRA could adapt; near names: "
                 f"{_near(target, names)}"
             )
-    config = get_peft_config(settings)
-    if patterns:
-        config.target_modules = set(patterns)
-    return config
+
+
+def _rehearse(config: LoraConfig, model: nn.Module) -> None:
+    """Adapt a model of the same config that has no storage, to see what PEFT says and where its adapters come."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rehearsed = type(model)(copy.deepcopy(model.config))
+        tied = rehearsed.get_input_embeddings().weight is rehearsed.get_output_embeddings().weight
+        try:
+            adapted = get_peft_model(rehearsed, copy.deepcopy(config))
+        except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
+            raise RecipeError(f"LoRA does not fit {type(model).__name__}: {' '.join(str(error).split())}") from error
+    embedding, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        raise RecipeError(
+            "lora_target_modules: the head's adapter would be trained by no loss here, which reads its weights; leave "
+            "the head out, or name it in lora_modules_to_save"
+        )
+    if tied and any(isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper) for part in (embedding, head)):
+        raise RecipeError(
+            f"LoRA: {type(model).__name__} ties its embedding to its head, so that merging an adapter of one would "
+            "move the other too; leave both out of lora_target_modules, lora_target_parameters, lora_modules_to_save"
+        )
 
 
 def _near(word: str, names: list[str]) -> str:

@@ -23,11 +23,12 @@ from trl import DPOConfig, ModelConfig
 from trl.models.utils import prepare_deepspeed
 from trl.trainer.utils import add_fused_lm_head
 
-from core.modeling.policy import load_model, share_prefixes
+from core.modeling.policy import load_policy, share_prefixes
 from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
     PrefixSharedCollator,
+    collator_for,
     enable_prefix_sharing,
     pair_logps,
 )
@@ -82,12 +83,15 @@ def reference_gaps(
     settings: ModelConfig,
     args: DPOConfig,
     *,
+    trained: list[str] | None = None,
     prefix_sharing: bool,
     cache_folder: str | None,
     pad_token_id: int,
+    per_token: bool = False,
 ) -> np.ndarray:
     """
-    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) of tokenised rows in nats.
+    The signal `reference_gap` of a selection: log π_ref(y_w) − log π_ref(y_l) of tokenised rows in nats; `per_token`
+    divides each by its answer's tokens first (`reference_gap_per_token`).
 
     The pass fills the reference cache, so the run that follows computes none of these rows again.
 
@@ -95,13 +99,14 @@ def reference_gaps(
         rows: see `reference_logps`. N of them.
         settings: of the model that is to be trained.
         args: precision, DeepSpeed, batch sizes and length limit of that run.
+        trained: the recipe's `trainable_parameters`, which are held in another dtype.
         prefix_sharing, cache_folder: the recipe's `prefix_sharing` and `reference_cache`.
         pad_token_id: where pairs are padded.
 
     Returns:
         Shape: (N,), float64.
     """
-    model = load_model(settings)
+    model = load_policy(settings, trained, args)
     sharing = share_prefixes(prefix_sharing, model, args.max_length)
     add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
     if sharing:
@@ -115,8 +120,8 @@ def reference_gaps(
         model,
         accelerator,
         rows,
-        open_cache(cache_folder, settings, args),
-        PrefixSharedCollator() if sharing else PaddedCollator(pad_token_id),
+        open_cache(cache_folder, settings, args, model),
+        collator_for(model, sharing, pad_token_id),
         batch_size=args.precompute_ref_batch_size or args.per_device_train_batch_size,
         description="Reference log-probabilities (selection)",
     )
@@ -126,6 +131,11 @@ def reference_gaps(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     AcceleratorState._reset_state()
+    if per_token:
+        chosen, rejected = (
+            logps / np.maximum([len(ids) for ids in rows[f"{answer}_ids"]], 1)
+            for logps, answer in ((chosen, "chosen"), (rejected, "rejected"))
+        )
     return chosen - rejected
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import safetensors.numpy
 import xxhash
 from datasets import Dataset
 from huggingface_hub import constants, snapshot_download
+from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from trl import DPOConfig, ModelConfig
 
 from core.runtime.errors import RecipeError
 from core.runtime.files import replaced
+from core.runtime.loading import adapter_base
 from core.runtime.ranks import first_rank_decides
 
 FORMAT = 1  # raise it when a key or a value comes to mean something else
@@ -81,20 +84,34 @@ class ReferenceCache:
             )
 
 
-def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig) -> ReferenceCache:
+def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig, loaded: nn.Module) -> ReferenceCache:
     """
-    The cache of a recipe's model, which has been loaded, as the reference, in the precision of its forward.
+    The cache of a recipe's model as the reference, in the precision of its forward.
+
+    Args:
+        loaded: that model, held as in the run: which weights are in which dtype is part of the key.
 
     Raises:
         RecipeError: the folder can't be made.
     """
-    precision = str(model.dtype).removeprefix("torch.")
+    precision = _dtypes(loaded)
     if args.mixed_precision != "no":  # also the launcher's; DeepSpeed casts the weights, autocast the operations
         precision += f"-{'deepspeed' if args.deepspeed_plugin else 'autocast'}-{args.mixed_precision}"
     if args.tf32:
         precision += "-tf32"
     digest = weights_digest(model.model_name_or_path, model.model_revision)
     return ReferenceCache(folder or DEFAULT_FOLDER, f"v{FORMAT}-{digest}-{precision}")
+
+
+def _dtypes(model: nn.Module) -> str:
+    """The dtype of all weights; of several, what most have and a digest of which has which."""
+    named = {name: str(weight.dtype).removeprefix("torch.") for name, weight in model.named_parameters()}
+    most, count = Counter(named.values()).most_common(1)[0]
+    return (
+        most
+        if count == len(named)
+        else f"{most}-{xxhash.xxh3_64_hexdigest(json.dumps(named, sort_keys=True).encode())}"
+    )
 
 
 def sequence_keys(dataset: Dataset) -> tuple[list[tuple[bytes, bytes]], np.ndarray]:
@@ -126,20 +143,20 @@ def weights_digest(source: str | Path, revision: str | None = None) -> str:
         source: a model that has been loaded: a folder, or a name on the Hub whose files are in the local cache.
         revision: of a model on the Hub.
     """
-    return first_rank_decides(lambda: _digest_of_folder(_local_folder(str(source), revision)))
+    return first_rank_decides(lambda: _digest_of_folder(local_folder(str(source), revision)))
 
 
 def _digest_of_folder(folder: Path) -> str:
     digest = xxhash.xxh3_128()
     adapter = folder / ADAPTER_CONFIG_NAME
     if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        base = adapter_base(folder)
         digest.update(adapter.read_bytes())
-        digest.update(_digest_of_folder(_local_folder(base, None)).encode())
+        digest.update(_digest_of_folder(local_folder(base, None)).encode())
         files = sorted(folder.glob("adapter_model.*"))
     else:
         digest.update(_computing_part(json.loads((folder / CONFIG_NAME).read_text())))
-        files = _weight_files(folder)
+        files = weight_files(folder)
     with ThreadPoolExecutor() as threads:
         for path, content in zip(files, threads.map(_digest_of_file, files), strict=True):
             digest.update(f"{path.name} {content}".encode())
@@ -151,7 +168,7 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that `from_pretrained` reads; a folder may hold the same weights in another form too."""
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return [folder / SAFE_WEIGHTS_NAME]
@@ -159,7 +176,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted({*index["weight_map"].values()})]
 
 
-def _local_folder(source: str, revision: str | None) -> Path:
+def local_folder(source: str, revision: str | None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     return Path(snapshot_download(source, revision=revision, local_files_only=True))

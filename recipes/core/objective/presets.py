@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, float | str | bool]] = {
     "odpo": {"link": "logistic", "k": 1.0, "phi": "log", "beta": 0.1},
     # arXiv 2505.20065: −log σ(βΔ − δ(h_l − h_w)), h = 1 − I, δ = 10
     "safedpo": {"link": "logistic", "a": 10.0, "b": 10.0, "beta": 0.1, "labels": "safedpo_t", "learning_rate": 1e-6},
-    # arXiv 2405.14734: c = γ, with β = 2 and γ/β = 0.8, the paper's values for a Mistral base
+    # arXiv 2405.14734: c = γ, with β = 2 and γ/β = 0.8, the paper's values for a Mistral base; see PROPORTIONAL
     "simpo": {"link": "logistic", "c": 1.6, "beta": 2.0, "length_normalized": True, "reference_free": True},
     # arXiv 2310.12036 Eq. 17: (Δ − 1/(2β))². Not TRL's `ipo`, which divides Δ by the lengths.
     "ipo": {"link": "squared", "c": 0.5},
@@ -29,6 +29,9 @@ PRESETS: dict[str, dict[str, float | str | bool]] = {
     "bfpo_signed": {"link": "signed", "a": 1.5, "b": 0.5, "c": -0.5, "p": -1.0, "beta": 0.01},
     "bfpo_soft": {"link": "soft", "a": 1.5, "b": 0.5, "c": -0.5, "beta": 0.01},
 }
+
+# What follows β where the recipe has its own: SimPO's setting is the ratio γ/β.
+PROPORTIONAL = {"simpo": "c"}
 
 Preset = Literal[tuple(PRESETS)]
 

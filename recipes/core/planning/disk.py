@@ -25,24 +25,27 @@ class Saved:
 
     total: int  # N
     trained: int  # P
-    weight_bytes: int  # w, as the weights are saved
+    weight_bytes: int  # w, of a frozen weight as it is saved
     zero_stage: int  # 0: no DeepSpeed
     adapter: bool = False  # the model is saved as an adapter: its P weights alone
+    trained_bytes: int = 4  # of a trained weight; under DeepSpeed w
 
     def model(self) -> int:
-        return (self.trained if self.adapter else self.total) * self.weight_bytes
+        """The final model at most: it may be rounded to less (training/saving.py)."""
+        frozen = 0 if self.adapter else self.total - self.trained
+        return frozen * self.weight_bytes + self.trained * self.trained_bytes
 
     def checkpoint(self, optim: str, only_model: bool) -> int:
         """
-        The model and, for a resume, k optimizer states of each trained weight, of all processes together: in w bytes,
-        or under DeepSpeed in 4, with a float32 master beside them. DeepSpeed also writes the weights once more: all of
+        The model and, for a resume, k float32 states of the optimizer for each trained weight, of all processes
+        together; under DeepSpeed a float32 master beside them. DeepSpeed also writes the weights once more: all of
         them under ZeRO-2, the frozen ones under ZeRO-3.
         """
         if only_model:
             return self.model()
         k = OPTIMIZER_STATES[optim]
         if not self.zero_stage:
-            return self.model() + self.trained * k * self.weight_bytes
+            return self.model() + self.trained * k * self.trained_bytes
         again = self.total - (self.trained if self.zero_stage == 3 else 0)
         return self.model() + self.trained * (k + 1) * 4 + again * self.weight_bytes
 
@@ -126,7 +129,11 @@ def check_room(model: PreTrainedModel, resolved: Run, rows: int) -> None:
     trained, total = count_parameters(model)
     stage = args.deepspeed_plugin.zero_stage if args.deepspeed_plugin is not None else 0
     # An adapter is not there yet, and is small.
-    saved = Saved(0 if adapter else total, 0 if adapter else trained, model.dtype.itemsize, stage)
+    of = {weight.requires_grad: weight.dtype.itemsize for weight in model.parameters()}
+    width = of.get(True, 4)
+    if stage and args.mixed_precision != "no":
+        of, width = {}, 2  # what DeepSpeed casts them to
+    saved = Saved(0 if adapter else total, 0 if adapter else trained, of.get(False, width), stage, trained_bytes=width)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     steps = updates_in_all(args, math.ceil(rows / per_update))
     first_rank_decides(lambda: room_for(saved, args, steps).check(args.output_dir))

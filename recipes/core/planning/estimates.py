@@ -8,10 +8,11 @@ from transformers import PreTrainedTokenizerBase
 
 from core.config.parsing import Run
 from core.data.tokens import token_lengths
+from core.modeling.precision import Precision
 from core.planning.disk import Saved, room_for, updates_in_all
 from core.planning.findings import Findings
 from core.planning.inspection import inspect_conversations, inspect_pairs
-from core.planning.memory import Part, Work, phases, states
+from core.planning.memory import PROOF, Part, Work, phases, states
 from core.planning.memory_trace import FakeModel, MicroBatch, largest_micro_batch
 from core.reporting.tables import print_table
 from core.runtime.launching import Launch
@@ -118,7 +119,7 @@ def inspect_memory(
     launch: Launch,
     model: FakeModel,
     batch: MicroBatch | None,
-    half: bool,
+    precision: Precision,
     limit: float | None,
     findings: Findings,
 ) -> None:
@@ -127,30 +128,30 @@ def inspect_memory(
 
     Args:
         batch: the largest micro-batch; None: unknown, and nothing is estimated.
-        half: the run has bf16 or fp16.
         limit: bytes of a device; None: unknown.
     """
     if batch is None:
         return
-    args, dtype = resolved.training, model.causal_lm.dtype
+    args = resolved.training
     live = resolved.kind == "dpo" and not (
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
     )
-    work = Work(launch, half, dtype.itemsize, args.optim, live)
+    work = Work(launch, precision, args.optim, live)
     kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
     traced = model.trace(
         batch,
         checkpointing=kwargs if args.activation_checkpointing else None,
         gradients_kept=not launch.zero_stage,
         accumulates=args.gradient_accumulation_steps > 1,
-        autocast=torch.bfloat16 if half and not launch.zero_stage else None,
+        autocast=precision.autocast and torch.bfloat16,  # of fp16's size, which no CPU trace computes in,
     )
     proof = model.trace_proof(batch.longest)
     lasting = states(model.total, model.trained, work)
     passing = phases(model.total, model.trained, traced, proof, work)
-    peak = sum(part.bytes for part in lasting if not part.on_host)
-    peak += max(part.bytes for part in passing if not part.on_host)
+    largest = max((part for part in passing if not part.on_host), key=lambda part: part.bytes)
+    peak = sum(part.bytes for part in lasting if not part.on_host) + largest.bytes
     device = "process" if launch.use_cpu else "GPU"
+    most = "rank 0" if largest.name == PROOF and launch.world_size > 1 else f"each {device}"
     share = model.trained / model.total
     print(f"\nParameters: {model.total:,}, of which {model.trained:,} are trained ({share:.1%})")
 
@@ -158,7 +159,7 @@ def inspect_memory(
         return [part.name + (" (on the host)" if part.on_host else ""), part.formula, f"{part.bytes / GIB:.2f}"]
 
     rows = [line(part) for part in lasting] + [["then one of", "", "–"]] + [line(part) for part in passing]
-    rows.append(["peak", "the lasting parts + the largest of the others", f"{peak / GIB:.2f}"])
+    rows.append([f"peak of {most}", "the lasting parts + the largest of the others", f"{peak / GIB:.2f}"])
     print_table(
         f"Memory of each {device} ({launch}; largest micro-batch {batch.tokens:,} tokens)",
         ["Part", "Formula", "GiB"],
@@ -166,16 +167,24 @@ def inspect_memory(
     )
     if limit is not None and peak > limit:
         findings.fault(
-            f"memory: each {device} needs about {peak / GIB:.1f} GiB and has {limit / GIB:.1f} GiB; take "
+            f"memory: {most} needs about {peak / GIB:.1f} GiB and has {limit / GIB:.1f} GiB; take "
             "more GPUs or accelerate_configs/zero3-offload.yaml, a smaller per_device_train_batch_size or max_length, "
             "trainable_parameters, or gradient_checkpointing"
         )
 
 
-def inspect_disk(resolved: Run, launch: Launch, model: FakeModel, half: bool, steps: int, findings: Findings) -> None:
+def inspect_disk(
+    resolved: Run, launch: Launch, model: FakeModel, precision: Precision, steps: int, findings: Findings
+) -> None:
     """What checkpoints and weights take, against what is free."""
-    width = 2 if launch.zero_stage and half else model.causal_lm.dtype.itemsize
-    saved = Saved(model.total, model.trained, width, launch.zero_stage, bool(resolved.model.use_peft))
+    saved = Saved(
+        model.total,
+        model.trained,
+        precision.frozen.itemsize,
+        launch.zero_stage,
+        bool(resolved.model.use_peft),
+        precision.trained.itemsize,
+    )
     room = room_for(saved, resolved.training, steps)
     print(f"\nDisk: {room}")
     findings.attempt(room.check, resolved.training.output_dir)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from core.runtime.errors import RecipeError
+from core.runtime.text import without_secrets
 
 Result = TypeVar("Result")
 
@@ -34,11 +35,11 @@ class Findings:
     def report(self) -> int:
         """Print all of them; the number of faults."""
         for line in self.notes:
-            print(f"note: {line}")
+            print(f"note: {without_secrets(line)}")
         if not self.faults:
             print("\nNothing found that would stop this run.", flush=True)
         else:
             print(f"\n{len(self.faults)} thing{'s' if len(self.faults) > 1 else ''} to mend:")
             for number, line in enumerate(self.faults, start=1):
-                print(f"  {number}. {line}", flush=True)
+                print(f"  {number}. {without_secrets(line)}", flush=True)
         return len(self.faults)

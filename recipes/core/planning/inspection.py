@@ -7,19 +7,24 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from core.config.entries import place
 from core.config.parsing import Run
 from core.config.schema import DatasetEntry
-from core.data.preferences import load_conversations, load_preferences
+from core.data.preferences import load_conversations, load_preferences, oddities
 from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
+from core.modeling.policy import check_config, mend_generation
+from core.modeling.precision import Precision, check_save_dtype, check_steps
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
+from core.planning.memory_trace import FakeModel
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.network import hub_is_off, hub_is_reachable
-from core.selection.buffer import refuse_overlap
+from core.selection.buffer import REFERENCE_GAPS, refuse_overlap
 from core.selection.pairs import Pairs, prepare_pairs
 from core.training.session import check_models
 from core.training.tracking import why_wandb_is_offline
@@ -48,21 +53,33 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
     except RecipeError as error:
         findings.fault(str(error))
         return None, None
-    config = None
-    try:
-        config = AutoConfig.from_pretrained(path, revision=model.model_revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        findings.fault(f"model {path}: its config cannot be read: {' '.join(str(error).split())}")
+    config = findings.attempt(loading.model_config, path, model.model_revision)
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
-    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe.chat_template_path, recipe.pad_token)
-    if config is not None and tokenizer is not None and len(tokenizer) > config.get_text_config().vocab_size:
-        findings.fault(
-            f"model {path}: the tokenizer has {len(tokenizer)} tokens and the model {config.vocab_size}; an id beyond "
-            "it would fail; save a tokenizer that belongs to the model"
-        )
+    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe)
+    if config is not None and tokenizer is not None:
+        findings.attempt(check_config, config, tokenizer, resolved.training)
     return config, tokenizer
+
+
+def inspect_learning(resolved: Run, precision: Precision, model: FakeModel | None, findings: Findings) -> None:
+    """Whether the steps move what is trained, and whether what the run ends with can be saved, as the run asks it."""
+    settings, args = resolved.model, resolved.training
+    findings.attempt(check_save_dtype, resolved.recipe.save_dtype, precision.trained if precision.masters else None)
+    folder = settings.model_name_or_path
+    try:
+        generation = GenerationConfig.from_pretrained(folder, revision=settings.model_revision)
+    except OSError:
+        generation = None  # many models have none
+    except ValueError as error:
+        generation = None
+        findings.fault(f"model {folder}: generation_config.json is invalid: {' '.join(str(error).split())}; mend it")
+    if note := findings.attempt(mend_generation, generation, folder):
+        findings.note(note)
+    if model is not None:
+        names = {name for name, weight in model.causal_lm.named_parameters() if weight.requires_grad}
+        findings.attempt(check_steps, settings, names, args.learning_rate, args.optim)
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -71,12 +88,13 @@ def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | No
 def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings) -> Pairs | None:
     """Select the rows as the run would, and show them; None where no task row can be read."""
     recipe, args = resolved.recipe, resolved.training
-    if recipe.selection.score is not None and recipe.selection.score.signal == "reference_gap":
+    if recipe.selection.score is not None and recipe.selection.score.signal in REFERENCE_GAPS:
         recipe.selection.score = None
-        findings.note("selection.score by reference_gap needs the weights: the rows below are before it")
+        findings.note("selection.score by the reference's gap needs the weights: the rows below are before it")
 
     def load(entry: DatasetEntry) -> Any:
-        return load_preferences([entry], args.seed, args.dataset_num_proc)
+        rows, _ = load_preferences([entry], args.seed, args.dataset_num_proc)
+        return _noted(rows, entry, findings)
 
     held_out = None
     if entries := _readable(recipe.eval_datasets, load, findings):
@@ -97,6 +115,12 @@ def inspect_pairs(resolved: Run, tokenizer: PreTrainedTokenizerBase | None, find
         _show_pairs(train, tokenizer)
         _show_lengths(dict(zip(("prompt", "chosen", "rejected"), token_lengths(train.dataset).T, strict=True)))
     return train
+
+
+def _noted(rows: Dataset, entry: DatasetEntry, findings: Findings) -> Dataset:
+    for line in oddities(rows):
+        findings.note(f"{place(entry)}: {line}")
+    return rows
 
 
 def _readable(
@@ -130,6 +154,7 @@ def _show_pairs(train: Pairs, tokenizer: PreTrainedTokenizerBase) -> None:
         print(f"\nThe first pair of {source} as the model sees it ({row['row_id']}, margin {row['margin']:g})")
         for part in ("prompt", "chosen", "rejected"):
             _show_text(part, tokenizer.decode(row[f"{part}_ids"]))
+        _show_ends(tokenizer, row["prompt_ids"] + row["chosen_ids"])
 
 
 def _show_text(part: str, text: str) -> None:
@@ -137,6 +162,12 @@ def _show_text(part: str, text: str) -> None:
     lines = text[:SHOWN_CHARACTERS].splitlines() or [""]
     for line in lines + ([f"… and {rest:,} characters more"] if rest > 0 else []):
         print(f"  {part:8} | {line}")
+
+
+def _show_ends(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
+    """The first and the last tokens of a conversation by their names."""
+    first, last = (" ".join(tokenizer.convert_ids_to_tokens(part)) for part in (ids[:3], ids[-3:]))
+    _show_text("tokens", f"{first} … {last}")
 
 
 def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
@@ -154,7 +185,8 @@ def inspect_conversations(
     recipe, args = resolved.recipe, resolved.training
 
     def load(entry: DatasetEntry) -> Dataset:
-        return load_conversations([entry], args.seed, args.dataset_num_proc)
+        rows = load_conversations([entry], args.seed, args.dataset_num_proc)
+        return _noted(rows, entry, findings)
 
     for entry in recipe.eval_datasets:
         findings.attempt(load, entry)
@@ -189,6 +221,7 @@ def _show_conversations(
         findings.note(f"{path}: the template renders a conversation otherwise than its prompt alone")
     _show_text("prompt", tokenizer.decode(tokens[0][: len(prompt)]))
     _show_text("answer", tokenizer.decode(tokens[0][len(prompt) :]))
+    _show_ends(tokenizer, tokens[0])
     lengths = np.array([len(ids) for ids in tokens])
     if max_length is not None:
         cut = (lengths > max_length).mean()

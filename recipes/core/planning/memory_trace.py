@@ -25,6 +25,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from core.modeling.head import AnswerLogProbs
 from core.modeling.parameters import count_parameters, lora_config, select_parameters
+from core.modeling.precision import Precision, asked_dtype, hold
 from core.modeling.prefix import HEAD_OUTPUTS, enable_prefix_sharing, hidden_states
 
 
@@ -54,13 +55,20 @@ class FakeModel:
         config: of the model.
         model: the recipe's model settings.
         patterns: the recipe's trainable_parameters.
+        precision: of the run; None: all in the model's dtype.
 
     Raises:
         RecipeError: a pattern that matches no parameter.
     """
 
-    def __init__(self, config: PretrainedConfig, model: ModelConfig, patterns: list[str] | None) -> None:
-        dtype = (config.dtype or torch.float32) if model.dtype == "auto" else getattr(torch, model.dtype)
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        model: ModelConfig,
+        patterns: list[str] | None,
+        precision: Precision | None = None,
+    ) -> None:
+        dtype = asked_dtype(model, config) if precision is None else precision.frozen
         with torch.device("meta"):
             self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
@@ -68,6 +76,8 @@ class FakeModel:
             select_parameters(self.causal_lm, None if model.use_peft else patterns)
             adapters = lora_config(model, patterns, self.causal_lm)
             self.policy = self.causal_lm if adapters is None else get_peft_model(self.causal_lm, adapters)
+            if precision is not None:
+                hold(self.policy, precision, frozen=False)
         self.trained, self.total = count_parameters(self.policy)
         # On the meta device sdpa would keep all its weights, which no kernel that trains does. So the tensors become
         # ones without storage that are of the CPU for all that torch can see.

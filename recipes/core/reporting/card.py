@@ -28,7 +28,7 @@ from core.reporting.tables import (
     stage_table,
 )
 from core.runtime.environment import versions
-from core.runtime.text import printable
+from core.runtime.text import printable, without_secrets
 from core.training.records import Record, evaluations, read_metrics, series
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
@@ -42,7 +42,6 @@ PLOTS = ("loss", "rewards", "reward_margins", "accuracies", "histograms")
 SECRETS = {"token", "hub_token", "push_to_hub_token"}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ABSOLUTE = re.compile(r"(file://|~|/|[A-Za-z]:\\)")
-ACCESS_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 
 
 def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> Path:
@@ -163,7 +162,7 @@ def _public(value: Any) -> Any:
     if isinstance(value, str):
         if ABSOLUTE.match(value):
             return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
-        return ACCESS_TOKEN.sub("hf_…", value)
+        return without_secrets(value)
     return value
 
 

@@ -17,6 +17,7 @@ from core.reporting.tables import (
     comparable,
     evaluation_table,
     margin_table,
+    off_table,
     print_table,
     stage_table,
 )
@@ -29,6 +30,9 @@ def show_selection(pairs: Pairs, margin: Margin, beta: float, title: str = "trai
     """Rows that each stage dropped, the pair classes with their margins and first losses, and what to look at."""
     counts = pairs.audit.counts
     print_table(f"Selection ({title}): {counts['kept']:,} of {counts['rows']:,} rows kept", *stage_table(counts))
+    header, rows = off_table(counts)
+    if rows:
+        print_table(f"Rules that are off ({title})", header, rows)
     classes = class_table(pairs.classes, pairs.is_buffer, pairs.margins, margin, beta)
     print_table(f"Margins ({title}): {margin.link} link, beta {beta:g}", *margin_table(classes))
     for answer in ("chosen", "rejected"):

@@ -119,6 +119,20 @@ def stage_table(counts: dict[str, Any]) -> tuple[list[str], Rows]:
     return ["Stage", "Reason", "Dropped", "Left"], rows
 
 
+def off_table(counts: dict[str, Any]) -> tuple[list[str], Rows]:
+    """What rules of the hygiene that are off would have dropped, and of which pair classes, as header and rows."""
+    rows = [
+        [
+            entry["rule"] + (f" {entry['at']:g}" if entry["at"] else ""),
+            number(entry["rows"]),
+            ", ".join(f"{name} {count:,}" for name, count in entry["by_class"].items()),
+        ]
+        for entry in counts.get("off", ())
+        if entry["rows"]
+    ]
+    return ["Rule", "Would drop", "Of them"], rows
+
+
 def group_table(name: str, groups: dict[str, dict[str, int]]) -> tuple[list[str], Rows]:
     """Rows of each group (`by_class`, `by_source`, `by_role` of the counts) before and after, as header and rows."""
     before, after = groups["before"], groups["after"]

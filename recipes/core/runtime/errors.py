@@ -11,10 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from core.runtime.text import without_secrets
+
 USER_ERROR = 2  # exit code of a run that stops because of its input
 PEER_LOST = 70  # exit code of a rank that stops because another one is gone
 SAVED_ON_SIGNAL = 75  # EX_TEMPFAIL: stopped by a signal, saved; start it again to go on
 INTERRUPTED = 130  # Ctrl-C where there is nothing to save
+
+_last_steps: list[Callable[[], None]] = []  # what `leave` does before the end, since it runs no exit handlers
 
 connection_broke = threading.Event()  # a collective has failed: `watch.Watch` then waits less for a beat
 
@@ -58,14 +62,21 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             if told.everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # or the launcher might end the rank that prints it before it has
             else:
-                print(f"error: {told}", file=sys.stderr, flush=True)
+                print(f"error: {without_secrets(str(told))}", file=sys.stderr, flush=True)
             leave(USER_ERROR)
 
     return wrapped
 
 
+def before_leaving(step: Callable[[], None]) -> None:
+    """Have `leave` call a short `step`."""
+    _last_steps.append(step)
+
+
 def leave(code: int) -> NoReturn:
     """End the process at once: threads and process groups of a half-started run must not outlive or hang it."""
+    for step in _last_steps:
+        step()
     place = os.environ.get("LAUNCH_EXIT_CODE")  # for launch.sh: accelerate makes a 1 of every code
     if code and place and not (Path(place).is_file() and Path(place).read_text()):  # the first to stop is the cause
         Path(place).write_text(str(code))

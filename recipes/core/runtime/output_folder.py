@@ -1,6 +1,8 @@
 """The output folder: that it can be written, and that it belongs to no other run."""
 
 import contextlib
+import hashlib
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import yaml
 
 from core.runtime.errors import RecipeError
-from core.runtime.text import flatten
+from core.runtime.text import flatten, masked
 
 RUN_FILES = ["recipe.yaml", "checkpoint-*", "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin"]
 RUN_FILES += ["trainer_state.json", "all_results.json", "metrics.jsonl", "selection.json"]
@@ -20,10 +22,34 @@ MAY_CHANGE = {
     "output_dir", "resume_from_checkpoint", "num_processes", "per_device_train_batch_size",
     "per_device_eval_batch_size", "gradient_accumulation_steps", "report_to", "run_name", "logging_steps",
     "logging_strategy", "logging_first_step", "logging_dir", "log_level", "disable_tqdm", "save_steps",
-    "save_strategy", "save_total_limit", "eval_steps", "eval_strategy", "dataset_num_proc",
-    "dataloader_num_workers", "dataloader_pin_memory", "ddp_timeout", "gradient_checkpointing",
-    "gradient_checkpointing_kwargs", "reference_cache",
+    "save_strategy", "save_total_limit", "save_only_model", "eval_steps", "eval_strategy", "dataset_num_proc",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_timeout",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "reference_cache",
 }  # fmt: skip
+
+
+def recipe_digest(recipe: Mapping[str, Any]) -> str:
+    """Of what decides a run's numbers: the same for recipes that differ in `MAY_CHANGE` alone."""
+    decides = {key: value for key, value in flatten(masked(recipe)).items() if not _may_change(key)}
+    decides = {key: value for key, value in sorted(decides.items()) if value is not None}
+    return hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()[:16]
+
+
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """
+    How two recipes differ, as `key: … there, … here`: in what decides the run, and in what may change. Null and a
+    missing key are the same, and so are two secrets, of which a saved recipe holds none.
+    """
+    theirs, ours = (flatten(json.loads(json.dumps(masked(tree), default=str))) for tree in (theirs, ours))
+    differ = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
+    lines = {key: f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ}
+    return ([lines[key] for key in differ if not _may_change(key)], [lines[key] for key in differ if _may_change(key)])
+
+
+def listed(lines: list[str]) -> str:
+    """On one line: five of them whole, of the others the keys."""
+    more = [line.partition(":")[0] for line in lines[5:25]] + (["…"] if len(lines) > 25 else [])
+    return "; ".join(lines[:5]) + (f"; and {', '.join(more)}" if more else "")
 
 
 def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: bool) -> None:
@@ -53,16 +79,29 @@ def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: 
             f"output_dir {folder} holds {found[0]} but no recipe.yaml, so it is not known which run that is; choose "
             "another output_dir, or name the checkpoint by resume_from_checkpoint"
         )
-    theirs, ours = (flatten(tree) for tree in (yaml.safe_load((folder / "recipe.yaml").read_text()) or {}, recipe))
-    differ = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-    differ = [key for key in differ if key.split(".")[-1] not in MAY_CHANGE]
-    if differ:
-        shown = "; ".join(f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here" for key in differ[:5])
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+    decides, _ = differences(_saved_recipe(folder / "recipe.yaml"), recipe)
+    if decides:
         raise RecipeError(
-            f"output_dir {folder} holds a run of another recipe ({shown}{more}); choose another output_dir, or go on "
-            "with the recipe.yaml of that folder"
+            f"output_dir {folder} holds a run of another recipe ({listed(decides)}); choose another output_dir, or go "
+            "on with the recipe.yaml of that folder"
         )
+
+
+def _saved_recipe(path: Path) -> dict[str, Any]:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); {_MEND}") from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(f"{path} is no recipe; {_MEND}")
+    return recipe
+
+
+_MEND = "put that run's recipe back, or choose another output_dir"
+
+
+def _may_change(key: str) -> bool:
+    return key.split(".")[-1] in MAY_CHANGE
 
 
 def check_writable(folder: Path) -> None:

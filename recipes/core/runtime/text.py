@@ -2,6 +2,8 @@
 
 import difflib
 import json
+import os
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,6 +11,12 @@ from typing import Any
 # Unicode's general categories: control, format, surrogate, line separator, paragraph separator.
 STEERING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 JOINERS = {"\u200c", "\u200d"}
+
+# Access tokens of the Hub and of the usual services, and passwords in addresses.
+SECRETS = re.compile(
+    r"\b(hf_|api_org_|sk-|ghp_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{12,}|(://[^\s/:@]*:)[^\s/@]+(?=@)"
+)
+SECRET_NAMES = re.compile(r"(TOKEN|KEY|PASSWORD|PASSWD|SECRET)$")
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -37,6 +45,23 @@ def printable(text: str) -> str:
         else mark
         for mark in text
     )
+
+
+def without_secrets(text: str) -> str:
+    """A text without access tokens, passwords in addresses, and what variables such as WANDB_API_KEY hold."""
+    for name, value in os.environ.items():
+        if len(value) >= 12 and SECRET_NAMES.search(name.upper()) and not value.startswith("/"):
+            text = text.replace(value, "…")
+    return SECRETS.sub(lambda found: f"{found[1] or found[2]}…", text)
+
+
+def masked(value: Any) -> Any:
+    """Plain nested values (a recipe) with `without_secrets` over every text in them, keys included."""
+    if isinstance(value, Mapping):
+        return {masked(key): masked(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(below) for below in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

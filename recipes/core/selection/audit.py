@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from core.objective.presets import PAIR_CLASSES
 from core.runtime.files import replaced
+from core.selection.hygiene import TRIED
 
 STAGES = ("rows", "hygiene", "labels", "score", "quotas")
 
@@ -40,7 +41,8 @@ class Audit:
     def counts(self) -> dict:
         """
         rows, kept, relabelled; `stages`: stage, reason and rows dropped of each reason that dropped some; `left`: rows
-        after each stage; by_class, by_source, by_role: `before` (of the rows that could be read) and `after`.
+        after each stage; by_class, by_source, by_role: `before` (of the rows that could be read) and `after`; `off`:
+        what each rule of the hygiene that is off would have dropped of the rows that it left (`would_drop`).
         """
         return self.summary["counts"]
 
@@ -127,6 +129,16 @@ def summarise(
             "by_role": groups(("task", "buffer"), buffer, buffer[kept]),
         },
     }
+
+
+def would_drop(off: dict[str, np.ndarray], classes: np.ndarray) -> list[dict]:
+    """Of each rule that is off: its name, at what it was tried (null: the rule has no number), and rows by class."""
+    counted = []
+    for rule, found in off.items():
+        counts = np.bincount(classes[found], minlength=len(PAIR_CLASSES)).tolist()
+        by_class = {name: count for name, count in zip(PAIR_CLASSES, counts, strict=True) if count}
+        counted.append({"rule": rule, "at": TRIED.get(rule), "rows": int(found.sum()), "by_class": by_class})
+    return counted
 
 
 def _digest(rows: Dataset, kept: np.ndarray, relabelled: np.ndarray) -> str:

@@ -16,12 +16,14 @@ from datasets.fingerprint import Hasher
 
 from core.config.schema import LabelPolicy, Quotas, Score, Selection
 from core.objective.margins import number_column, pair_classes
-from core.objective.presets import PAIR_CLASSES
+from core.objective.presets import PAIR_CLASSES, Margin
 from core.runtime.errors import RecipeError
-from core.selection.audit import Audit, groups_of, summarise
-from core.selection.hygiene import CODES, NUMBERS, RULES, Facts, first_broken, read_facts
+from core.selection.audit import Audit, groups_of, summarise, would_drop
+from core.selection.hygiene import CODES, NUMBERS, RULES, Facts, first_broken, open_ties, read_facts
 
-SIGNALS = ("score_gap", "severity_gap", "length_ratio", "reference_gap")  # computed; any other names a column
+PER_TOKEN = "reference_gap_per_token"
+REFERENCE_GAPS = ("reference_gap", PER_TOKEN)
+SIGNALS = ("score_gap", "severity_gap", "length_ratio", *REFERENCE_GAPS)  # computed; any other names a column
 SWAPPED = [
     ("chosen", "rejected"),
     ("chosen_safe", "rejected_safe"),
@@ -45,6 +47,7 @@ def select_rows(
     reference_gap: ReferenceGap | None = None,
     hygiene_only: bool = False,
     bad_rows: Sequence[dict] = (),
+    margin: Margin | None = None,
 ) -> tuple[Dataset, Audit]:
     """
     Choose the rows to train on: hygiene, label policy, score filter, quotas, in this order.
@@ -54,9 +57,11 @@ def select_rows(
         seed: of every choice that is not forced by the settings, together with the row's id.
         max_length: what the rows were cut at.
         eval_prompts: what no training prompt may share an n-gram with.
-        reference_gap: log π_ref(chosen) − log π_ref(rejected) in nats of each row it is given, shape (rows,).
+        reference_gap: log π_ref(chosen) − log π_ref(rejected) in nats (or per token) of each row it is given,
+            shape (rows,).
         hygiene_only: for evaluation sets: no relabelling, no filter, no quotas.
         bad_rows: what was dropped while the rows were read (row_id, source, reason); it only enters the audit.
+        margin: says with `labels` which ties lack a strict label (`open_ties`); None: plain DPO's.
 
     Returns:
         The kept rows in their order, with a column `relabelled`, and the audit.
@@ -73,12 +78,14 @@ def select_rows(
     assert len(rows.unique("row_id")) == len(rows), "row ids must be unique"
 
     reasons = _reasons(settings)
-    codes = first_broken(rows, facts, settings.hygiene, max_length)
+    labels = "helpful" if hygiene_only else settings.labels or "helpful"
+    facts["tie"] = open_ties(facts, labels, margin or Margin())
+    codes, off = first_broken(rows, facts, settings.hygiene, max_length)
     _refuse_broken(rows, codes, settings)
     relabelled = np.zeros(len(rows), bool)
     before = classes = pair_classes(rows)
     if not hygiene_only:
-        relabelled, unusable = _relabel(rows, facts, settings.labels or "helpful", codes == 0)
+        relabelled, unusable = _relabel(rows, facts, labels, codes == 0)
         codes[unusable] = reasons.index(("labels", "both_unsafe")) + 1
         _swap(facts, relabelled)
         classes = np.where(relabelled, MIRRORED[before], before)
@@ -90,6 +97,7 @@ def select_rows(
 
     relabelled &= codes == 0
     summary = summarise(rows, facts["buffer"], codes, relabelled, before, classes, reasons, bad_rows)
+    summary["counts"]["off"] = would_drop(off, before)
     summary |= {"seed": seed, "hygiene_only": hygiene_only, "settings": asdict(settings)}
     _refuse_nothing(summary, hygiene_only)
     kept = with_labels(rows, relabelled, np.flatnonzero(codes == 0))
@@ -175,8 +183,8 @@ def _outside(
     if score.role != "all":
         among = among & (facts["buffer"] == (score.role == "buffer"))
     places = np.flatnonzero(among)
-    if score.signal == "reference_gap":
-        assert reference_gap is not None, "selection.score.signal is reference_gap, and the caller gave no reference"
+    if score.signal in REFERENCE_GAPS:
+        assert reference_gap is not None, "selection.score.signal is a reference gap, and the caller gave no reference"
         signal = np.zeros(0)
         if len(places):
             signal = np.asarray(reference_gap(with_labels(rows, relabelled, places)), np.float64)
@@ -209,7 +217,7 @@ def _outside(
 def _signal(rows: Dataset, facts: Facts, name: str) -> np.ndarray:
     """
     Of each row, shape (rows,), NaN where it is unknown; larger is easier. score_gap = score_chosen − score_rejected;
-    severity_gap = rejected − chosen severity; length_ratio = longer/shorter answer in characters; or a numeric column.
+    severity_gap = rejected − chosen severity; length_ratio = longer/shorter answer in tokens; or a numeric column.
     """
     if name == "score_gap":
         return facts["score_chosen"] - facts["score_rejected"]
@@ -275,6 +283,9 @@ def _refuse_broken(rows: Dataset, codes: np.ndarray, settings: Selection) -> Non
     for rule in RULES:
         places = np.flatnonzero(codes == CODES[rule])
         if getattr(settings.hygiene, rule) == "error" and len(places):
+            if rule == "unrenderable":
+                fault, count = rows[int(places[0])]["fault"], len(places)
+                raise _refusal(f"{fault}; or set selection.hygiene.unrenderable: drop, for all {count:,} such rows")
             raise _refusal(
                 f"selection.hygiene.{rule}: broken by {len(places)} rows, e.g. {_names(rows, places)}; "
                 f"mend them, or set selection.hygiene.{rule}: drop to drop and count them"

@@ -3,8 +3,10 @@ The rules that a training row must meet. `read_facts` reads the rows' text once,
 numbers per row, the facts; every decision here and in `buffer.py` is made from those.
 """
 
+import re
 import string
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,15 +15,16 @@ from datasets.utils import tqdm
 from rapidfuzz.distance import Indel
 from xxhash import xxh3_64_intdigest
 
-from core.config.schema import Hygiene
-from core.data.tokens import refuse_faults, token_lengths
+from core.config.schema import Hygiene, LabelPolicy
+from core.data.tokens import token_lengths
 from core.objective.margins import number_column
+from core.objective.presets import Margin
 
 # In the order in which they are tried: a row goes by the first rule that it breaks. Each is a key of `Hygiene`.
 RULES = (
     "empty",
     "identical",
-    "min_characters",
+    "min_tokens",
     "max_length_ratio",
     "max_similarity",
     "duplicates",
@@ -29,13 +32,34 @@ RULES = (
     "ties",
     "min_answer_tokens",
     "eval_ngram",
+    "unrenderable",
     "identical_tokens",
 )
 CODES = {rule: code for code, rule in enumerate(RULES, start=1)}  # 0: no rule is broken
+# At what a rule that is off is tried, to say what it would drop.
+TRIED = {
+    "min_tokens": 5,
+    "max_length_ratio": 3.0,
+    "max_similarity": 0.9,
+    "min_answer_tokens": 16,
+    "eval_ngram": 13,
+}
 NUMBERS = ("chosen_safe", "rejected_safe", "chosen_severity", "rejected_severity", "score_chosen", "score_rejected")
 BATCH = 2_000  # rows that are held as Python objects, or as arrays of tokens, at a time
 PROBE = 6  # words; see `Ngrams`
-SEPARATORS = str.maketrans(string.punctuation, " " * len(string.punctuation))
+# Punctuation as in ASCII, and that of scripts written without spaces.
+SEPARATORS = str.maketrans(
+    dict.fromkeys(string.punctuation + "、。・「」『』【】〈〉《》〔〕！？，．：；（）～…—“”‘’", " ")
+)
+# Scripts that are written without spaces, where each letter (with the marks on it) is a unit, and what part of a word
+# it counts as: Chinese, Japanese syllables, then Thai, Lao, Burmese and Khmer.
+LETTERS = {
+    "[\u3005\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]": 2 / 3,
+    "[\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9f][\u3099\u309a]*": 1 / 2,
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+    "[\u0e31\u0e34-\u0e3a\u0e47-\u0e4e\u0eb1\u0eb4-\u0ebc\u0ec8-\u0ece\u102b-\u103e\u17b4-\u17d3]*": 1 / 3,
+}
+UNSPACED = re.compile("|".join(f"({letter})" for letter in LETTERS))
 
 Facts = dict[str, np.ndarray]  # each of shape (rows,)
 
@@ -45,22 +69,26 @@ def read_facts(rows: Dataset, settings: Hygiene, seed: int, eval_prompts: Iterab
     """
     All that the selection needs to know of each row, but for its names:
 
-    `broken` (uint8): the code of its `own_fault`.
+    `empty`, `identical` (bool): the rules of that name.
     `pair` (uint64): a digest of the prompt and its two answers, whichever is chosen, after case folding; `side`
     (int8): which of the two is chosen, −1 or 1; 0 where they fold to the same text.
     `overlap` (bool): the prompt shares an n-gram with one of `eval_prompts`.
     `order` (uint64): a digest of seed and row id, the order of every seeded choice.
-    `chosen_length`, `rejected_length`: in characters.
+    `chosen_length`, `rejected_length`: in tokens, before any was cut; in characters where the rows have no tokens.
     `tie`, `buffer` (bool), and the columns of `NUMBERS` as float64, null as NaN.
     """
     ngrams = None
-    if eval_prompts is not None and settings.eval_ngram is not None:
-        ngrams = Ngrams(eval_prompts, settings.eval_ngram)
+    if eval_prompts is not None:
+        ngrams = Ngrams(eval_prompts, settings.eval_ngram or TRIED["eval_ngram"])
     text = rows.select_columns(["row_id", "prompt", "chosen", "rejected"])
     batches = tqdm(text.iter(BATCH), total=-(-len(rows) // BATCH), desc="reading rows", unit=" batches", leave=False)
-    parts = [_read_batch(batch, settings, seed, ngrams) for batch in batches]
+    parts = [_read_batch(batch, seed, ngrams) for batch in batches]
     facts = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     facts |= {name: number_column(rows, name) for name in NUMBERS}
+    if "prompt_ids" in rows.column_names:
+        lengths = token_lengths(rows).T[1:]
+        for name, length in zip(("chosen", "rejected"), lengths, strict=True):
+            facts[f"{name}_length"] = length + number_column(rows, f"{name}_cut").astype(np.int64)
     return facts | {"tie": number_column(rows, "tie") == 1, "buffer": has_role(rows, "buffer")}
 
 
@@ -69,42 +97,22 @@ def has_role(rows: Dataset, role: str) -> np.ndarray:
     return pc.equal(rows.with_format("arrow")["role"], role).to_numpy()
 
 
-def _read_batch(batch: dict[str, list], settings: Hygiene, seed: int, ngrams: "Ngrams | None") -> Facts:
+def _read_batch(batch: dict[str, list], seed: int, ngrams: "Ngrams | None") -> Facts:
     prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
     folded = [[(turn["role"], turn["content"].casefold()) for turn in prompt] for prompt in prompts]
     overlap = np.zeros(len(prompts), bool)
     if ngrams is not None:
         overlap[:] = [ngrams.shared_with(_users_text(turns)) for turns in folded]
-    faults = (own_fault(*row, settings) for row in zip(prompts, chosen, rejected, strict=True))
+    rows = list(zip(prompts, chosen, rejected, strict=True))
     return {
-        "broken": np.array([0 if rule is None else CODES[rule] for rule in faults], np.uint8),
+        "empty": np.array([not (p and p[-1]["content"].strip() and c.strip() and r.strip()) for p, c, r in rows]),
+        "identical": np.array([c == r for _, c, r in rows]),
         **_pair_keys(folded, chosen, rejected),
         "overlap": overlap,
         "order": _digests(f"{seed}:{row_id}" for row_id in batch["row_id"]),
         "chosen_length": np.array([len(text) for text in chosen]),
         "rejected_length": np.array([len(text) for text in rejected]),
     }
-
-
-def own_fault(prompt: list[dict], chosen: str, rejected: str, settings: Hygiene) -> str | None:
-    """The first rule that a row breaks by itself, of those before `duplicates`; None if it breaks none."""
-    shorter, longer = sorted((len(chosen), len(rejected)))
-    if settings.empty != "keep":
-        if not (prompt and prompt[-1]["content"].strip() and chosen.strip() and rejected.strip()):
-            return "empty"
-    if settings.identical != "keep" and chosen == rejected:
-        return "identical"
-    if settings.min_characters is not None and shorter < settings.min_characters:
-        return "min_characters"
-    if settings.max_length_ratio is not None and longer > settings.max_length_ratio * shorter:
-        return "max_length_ratio"
-    limit = settings.max_similarity
-    # The Indel similarity is 2·LCS / (sum of lengths), and the LCS is at most the shorter text: most pairs are settled
-    # by their lengths. Below the cutoff 0 is returned, and most of the work is saved.
-    if limit is not None and 2 * shorter > limit * (shorter + longer):
-        if Indel.normalized_similarity(chosen, rejected, score_cutoff=limit) > limit:
-            return "max_similarity"
-    return None
 
 
 def _pair_keys(folded: list[list[tuple[str, str]]], chosen: list[str], rejected: list[str]) -> Facts:
@@ -126,35 +134,79 @@ def _digests(texts: Iterable[str]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------- the verdict
-def first_broken(rows: Dataset, facts: Facts, settings: Hygiene, max_length: int | None) -> np.ndarray:
+def first_broken(
+    rows: Dataset, facts: Facts, settings: Hygiene, max_length: int | None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """
-    The code (`CODES`, 0 for none) of the first rule that each row breaks. Shape: (rows,), uint8. The rules on tokens
-    are left out where the rows have none, and `min_answer_tokens` where `max_length` is None.
+    The rules on tokens are left out where the rows have none, and `min_answer_tokens` where `max_length` is None.
 
-    Raises:
-        RecipeError: the chat template refuses a prompt, so that its tokens cannot be counted.
+    Returns:
+        The code (`CODES`, 0 for none) of the first rule that each row breaks, shape (rows,), uint8; and of each rule
+        that is off which of the rows that break none it would drop (`TRIED`), shape (rows,), bool.
     """
-    broken = facts["broken"].copy()
-    tokenised = "prompt_ids" in rows.column_names
+    broken, values = np.zeros(len(rows), np.uint8), {rule: getattr(settings, rule) for rule in RULES}
+    on = [rule for rule in RULES if values[rule] not in (None, "keep")]
+    for rule in on:
+        broken[_breaks(rule, values[rule], rows, facts, max_length, broken == 0)] = CODES[rule]
+    off = {
+        rule: _breaks(rule, TRIED.get(rule), rows, facts, max_length, broken == 0) for rule in RULES if rule not in on
+    }
+    return broken, off
 
-    def mark(rule: str, found: np.ndarray) -> None:
-        broken[(broken == 0) & found] = CODES[rule]
 
-    if settings.duplicates != "keep":
-        mark("duplicates", _seen_before(facts["pair"] + facts["side"].astype(np.uint64), broken == 0))
-    if settings.contradictions != "keep":
-        mark("contradictions", _both_ways(facts["pair"], facts["side"], broken == 0))
-    if settings.ties != "keep":
-        mark("ties", facts["tie"])
-    if tokenised and None not in (settings.min_answer_tokens, max_length):
-        tokens = token_lengths(rows)[:, 0]
-        refuse_faults(rows.select(np.flatnonzero((broken == 0) & (tokens == 0))))
-        mark("min_answer_tokens", tokens + settings.min_answer_tokens > max_length)
-    if settings.eval_ngram is not None:
-        mark("eval_ngram", facts["overlap"])
-    if tokenised and settings.identical_tokens != "keep":
-        mark("identical_tokens", _same_tokens(rows, broken == 0))
-    return broken
+def _breaks(
+    rule: str, value: Any, rows: Dataset, facts: Facts, max_length: int | None, among: np.ndarray
+) -> np.ndarray:
+    """Which of the rows `among` break a rule. Shape: (rows,), bool."""
+    if rule in ("empty", "identical"):
+        return among & facts[rule]
+    if rule == "duplicates":
+        return _seen_before(facts["pair"] + facts["side"].astype(np.uint64), among)
+    if rule == "contradictions":
+        return _both_ways(facts["pair"], facts["side"], among)
+    if rule == "ties":
+        return among & facts["tie"]
+    if rule == "eval_ngram":
+        return among & facts["overlap"]
+    if "prompt_ids" not in rows.column_names:
+        return np.zeros(len(rows), bool)
+    if rule == "unrenderable":
+        return among & pc.is_valid(rows.with_format("arrow")["fault"]).to_numpy()
+    if rule == "min_answer_tokens":
+        return among & (max_length is not None) & (token_lengths(rows)[:, 0] + value > (max_length or 0))
+    if rule == "identical_tokens":
+        return _same_tokens(rows, among)
+    shorter, longer = np.sort([facts["chosen_length"], facts["rejected_length"]], axis=0)
+    among = among & (shorter > 0)  # a row that could not be tokenised has no lengths
+    if rule == "min_tokens":
+        return among & (shorter < value)
+    if rule == "max_length_ratio":
+        return among & (longer > value * shorter)
+    # The Indel similarity is 2·LCS / (sum of lengths), and the LCS is at most the shorter text: most pairs are settled
+    # by their lengths. Below the cutoff 0 is returned, and most of the work is saved.
+    shorter, longer = np.sort(token_lengths(rows)[:, 1:].T, axis=0)
+    found = among & (2 * shorter > value * (shorter + longer))
+    columns = rows.select_columns(["chosen_ids", "rejected_ids"])
+    for part in np.array_split(places := np.flatnonzero(found), len(places) // BATCH + 1):
+        pairs = columns.select(part)[:]
+        found[part] = [
+            Indel.normalized_similarity(*pair, score_cutoff=value) > value
+            for pair in zip(pairs["chosen_ids"], pairs["rejected_ids"], strict=True)
+        ]
+    return found
+
+
+def open_ties(facts: Facts, labels: LabelPolicy, margin: Margin) -> np.ndarray:
+    """
+    Rows that are to be put in order by what is equal: ties, and equal scores where the margin takes their logarithm;
+    but not task rows of one safe and one unsafe answer where safety decides, by the labels or by the margin.
+    """
+    if margin.k and margin.phi == "log":
+        return facts["tie"] | (facts["score_chosen"] == facts["score_rejected"])
+    decided = np.zeros(len(facts["tie"]), bool)
+    if labels != "helpful" or margin.a or margin.b:
+        decided = (np.abs(facts["chosen_safe"] - facts["rejected_safe"]) == 1) & ~facts["buffer"]
+    return facts["tie"] & ~decided
 
 
 def _seen_before(keys: np.ndarray, among: np.ndarray) -> np.ndarray:
@@ -190,8 +242,9 @@ def _same_tokens(rows: Dataset, among: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- evaluation prompts
 class Ngrams:
     """
-    Runs of n words that occur in the evaluation prompts. Words are what white space and ASCII punctuation separate,
-    after case folding; a prompt's user turns count as one text. A prompt shorter than n words matches as a whole only.
+    Runs of n words that occur in the evaluation prompts. Words are what white space and punctuation separate, after
+    case folding, and letters of scripts without spaces, each a part of a word (`LETTERS`); a prompt's user turns count
+    as one text. A prompt shorter than n words matches as a whole only; of n or more letters, also within another.
 
     Exact and cheap: any run of n words holds exactly one run of `PROBE` words that starts at a multiple of
     n − PROBE + 1. A prompt of w words is asked about those, w/8 questions with n = 13, and compared word by word only
@@ -200,11 +253,13 @@ class Ngrams:
 
     def __init__(self, prompts: Iterable[list[dict]], n: int):
         self.n, self.probe = n, min(PROBE, n)
-        self.whole, self.runs, self.probes = set(), set(), set()
+        self.whole, self.within, self.runs, self.probes = set(), set(), set(), set()
         for prompt in prompts:
             words = words_of(_users_text([(turn["role"], turn["content"].casefold()) for turn in prompt]))
             if len(words) < n:
                 self.whole.add(" ".join(words))
+            elif count_words(words) < n:
+                self.within.add(f" {' '.join(words)} ")
             self.runs.update(_runs(words, n))
             self.probes.update(_runs(words, self.probe) if len(words) >= n else ())
         self.whole.discard("")
@@ -215,15 +270,37 @@ class Ngrams:
         if len(words) < self.n:
             return " ".join(words) in self.whole
         return any(
-            " ".join(words[start : start + self.n]) in self.runs
+            self._is_run(words, start) and self._is_long(words, start)
             for place in range(0, len(words) - self.probe + 1, stride)
             if " ".join(words[place : place + self.probe]) in self.probes
             for start in range(max(0, place - stride + 1), min(place, len(words) - self.n) + 1)
         )
 
+    def _is_run(self, words: list[str], start: int) -> bool:
+        return " ".join(words[start : start + self.n]) in self.runs
+
+    def _is_long(self, words: list[str], start: int) -> bool:
+        """Whether what is shared around a run makes n words, or holds a whole prompt."""
+        if count_words(words[start : start + self.n]) >= self.n:
+            return True
+        end = start + 1
+        while start and self._is_run(words, start - 1):
+            start -= 1
+        while end + self.n <= len(words) and self._is_run(words, end):
+            end += 1
+        shared = words[start : end + self.n - 1]
+        text = f" {' '.join(shared)} "
+        return count_words(shared) >= self.n or any(prompt in text for prompt in self.within)
+
 
 def words_of(folded: str) -> list[str]:
-    return folded.translate(SEPARATORS).split()
+    text = folded.translate(SEPARATORS)
+    return (text if text.isascii() else UNSPACED.sub(r" \g<0> ", text)).split()
+
+
+def count_words(words: list[str]) -> float:
+    kinds, parts = (UNSPACED.fullmatch(word) for word in words), list(LETTERS.values())
+    return round(sum(1 if kind is None else parts[kind.lastindex - 1] for kind in kinds), 6)
 
 
 def _users_text(turns: Sequence[tuple[str, str]]) -> str:

@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from core.config.schema import DatasetEntry, PreferenceRecipe
 from core.data.preferences import BadRows, load_preferences
-from core.data.tokens import end_token_notice, ids_digest, tokenize_rows, trainable_rows
+from core.data.tokens import ids_digest, token_notices, tokenize_rows, trainable_rows
 from core.objective.margins import margin_warnings, row_margins
 from core.runtime.ranks import caches_in_turn
 from core.selection.audit import Audit
@@ -93,13 +93,14 @@ def prepare_pairs(
         reference_gap=reference_gaps and partial(_gaps_of, reference_gaps),
         hygiene_only=evaluation,
         bad_rows=bad_rows,
+        margin=recipe.margin,
     )
+    notices = [] if tokenizer is None else token_notices(kept, tokenizer)
     dataset, cut = (kept, {}) if tokenizer is None else trainable_rows(kept)
     dataset = _written_out(dataset)
 
     margins = row_margins(dataset, recipe.margin)
     warnings = margin_warnings(dataset, recipe.margin, margins, (recipe.selection.labels or "helpful") != "helpful")
-    notice = None if tokenizer is None else end_token_notice(dataset, tokenizer, args.max_length)
     columns = {
         "row": np.arange(len(dataset)),
         "margin": margins,
@@ -108,7 +109,7 @@ def prepare_pairs(
     }
     for name, column in columns.items():
         dataset = dataset.add_column(name, column)
-    return Pairs(dataset, audit, cut, warnings + ([notice] if notice else []))
+    return Pairs(dataset, audit, cut, warnings + notices)
 
 
 def _read(

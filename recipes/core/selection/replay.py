@@ -19,7 +19,8 @@ class ReplaySampler(Sampler[int]):
     An epoch is the task set: every task row once. Its last update is filled up with task rows from the epoch's head
     (`repeated` of them), so every update has the full size, nothing is dropped and accelerate has no tail to loop
     over. The buffer cycles through micro-batches and epochs and is shuffled anew each cycle, so at any time no buffer
-    row has been used more than once oftener than another.
+    row has been used more than once oftener than another; nor does an update hold one twice, if the buffer has two
+    updates' worth of rows.
 
     Which rows an update holds depends on the seed, the epoch and the pairs per update alone, not on how many
     processes share them. Inside an update the rows are dealt out by length: that leaves the update's gradient
@@ -88,9 +89,19 @@ class ReplaySampler(Sampler[int]):
             return np.empty(0, dtype=np.int64)
         # The buffer is one endless stream of shuffled cycles, of which epoch e reads [e·count, (e + 1)·count).
         first, last = epoch * count // len(self.rows[BUFFER]), ((epoch + 1) * count - 1) // len(self.rows[BUFFER])
-        stream = np.concatenate([self._shuffled(BUFFER, cycle) for cycle in range(first, last + 1)])
+        stream = np.concatenate([self._cycle(cycle, count // self.updates) for cycle in range(first, last + 1)])
         start = epoch * count - first * len(self.rows[BUFFER])
         return stream[start : start + count]
+
+    def _cycle(self, cycle: int, per_update: int) -> np.ndarray:
+        """A shuffle of the buffer, in which the update that it begins within meets no row of the last one again."""
+        rows = self._shuffled(BUFFER, cycle)
+        before = cycle * len(rows) % per_update  # rows of that update that are the last cycle's
+        if before and len(rows) >= 2 * per_update:  # so many that the last cycle's end is as it was shuffled
+            head = rows[:per_update]
+            used = np.isin(head, self._shuffled(BUFFER, cycle - 1)[-before:])
+            rows[:per_update] = np.concatenate([head[~used], head[used]])
+        return rows
 
     def _shuffled(self, kind: int, cycle: int) -> np.ndarray:
         # Ranks of raw 64-bit draws: NumPy promises that these never change, and promises it of no shuffle.

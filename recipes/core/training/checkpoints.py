@@ -1,28 +1,30 @@
 """Checkpoints that are complete or not there: written aside, sealed by a manifest, put in place by a rename."""
 
-import hashlib
-import json
 import os
 import shutil
 import socket
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-import xxhash
 from accelerate.state import DistributedType
 from transformers.utils import logging
 
 from core.runtime.environment import versions
 from core.runtime.errors import RecipeError, full_disk
-from core.runtime.files import replaced
+from core.runtime.files import remove
+from core.runtime.output_folder import differences, listed
 from core.runtime.ranks import first_rank_decides, rank
+from core.runtime.run_lock import check_held
+from core.training.manifest import Manifest, Origin, Trained, damage, flush, seal
 
 logger = logging.get_logger(__name__)
 
-MANIFEST = "manifest.json"
+DEEPSPEED_STATES = "global_step"  # how the folder of its states begins
 NO_OPTIMIZER = "it was saved without its optimizer (save_only_model)"
 ASIDE = ".saving"  # inside output_dir, so on the same disk: the rename is atomic
 
@@ -36,7 +38,9 @@ class CompleteCheckpoints:
     the digest of each file, flushes all to the disk, renames the folder, and only then removes the oldest.
     """
 
-    rows_digest: str | None = None  # of the training rows; a script that sets it has them held against a checkpoint's
+    # Of this run; a script that sets them has them held against a checkpoint's.
+    rows_digest: str | None = None
+    recipe: Mapping[str, Any] | None = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -45,17 +49,23 @@ class CompleteCheckpoints:
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        # Trainer trains without a cache of keys and values; whoever loads the model would generate without one too.
+        config = self.model.config
+        with patch.object(config, "use_cache", True) if hasattr(config, "use_cache") else nullcontext():
+            super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         args, final = self.args, Path(self.args.output_dir)
         aside, limit = final / ASIDE, args.save_total_limit
-        first_rank_decides(lambda: shutil.rmtree(aside, ignore_errors=True))  # what a killed run left behind
+        first_rank_decides(lambda: self._make_aside(aside))
         args.output_dir, args.save_total_limit = str(aside), None
         try:
             super()._save_checkpoint(model, trial)
         except Exception as error:
             if full_disk(error) is None and shutil.disk_usage(final).free > 1 << 20:
                 raise
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             raise RecipeError(
                 f"output_dir {final}: the disk of {socket.gethostname()} is full, so the checkpoint of step "
                 f"{self.state.global_step} was not saved ({_last_line(error)}); the checkpoints before it are intact: "
@@ -72,89 +82,53 @@ class CompleteCheckpoints:
                 self.state.save_to_json(str(aside / Path(best).name / "trainer_state.json"))
         first_rank_decides(lambda: self._put_in_place(aside, final, limit))
 
+    def _make_aside(self, aside: Path) -> None:
+        check_held()
+        remove(aside)  # what a killed run left behind
+        aside.mkdir(parents=True)
+
     def _put_in_place(self, aside: Path, final: Path, limit: int | None) -> None:
         folder = final / f"checkpoint-{self.state.global_step}"
         written = aside / folder.name
         seal(written, self.state.global_step, launched_as(self))
-        if folder.exists():
-            shutil.rmtree(folder)  # of the same step, damaged, and stepped over when this run was resumed
+        if os.path.lexists(folder):
+            remove(folder)  # of the same step, damaged, and stepped over when this run was resumed
         os.rename(written, folder)
-        _flush(final)
+        flush(final)
         shutil.rmtree(aside)
         if limit:
             # A later step's is damaged, since this run went on from before it: it must not push out a whole one.
             reached = [path for path in numbered(final) if _step(path) <= self.state.global_step]
+            reached = [path for path in reached if not path.is_symlink()]  # not what this run has saved
             for old in reached[limit:]:
                 if str(old) != self.state.best_model_checkpoint:
                     shutil.rmtree(old)
 
 
-def launched_as(trainer: Any) -> dict[str, Any]:
-    """What a checkpoint depends on beside the recipe: processes, the way the state is split, batch, rows, versions."""
+def launched_as(trainer: Any) -> Origin:
+    """What a checkpoint depends on beside its files: processes, the way the state is split, batch, rows, recipe, …"""
     args, state = trainer.args, trainer.accelerator.state
     deepspeed = state.distributed_type == DistributedType.DEEPSPEED
-    return {
-        "world_size": args.world_size,
-        "zero_stage": state.deepspeed_plugin.zero_stage if deepspeed else None,
-        "batch_per_update": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "rows": trainer.rows_digest,
-        "versions": versions(),
-    }
-
-
-def seal(folder: Path, step: int, launch: dict[str, Any]) -> None:
-    """Write manifest.json: the size and xxh3_128 digest of every file, with the step and `launched_as`; flush all."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    with ThreadPoolExecutor(8) as pool:
-        digests = list(pool.map(_flush_and_digest, files))
-    entries = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": digest}
-        for path, digest in zip(files, digests, strict=True)
-    }
-    with replaced(folder / MANIFEST) as file:
-        file.write(json.dumps({"step": step, **launch, "files": entries}, indent=1).encode())
-    _flush(folder)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, held against its manifest; None if it is whole."""
-    try:
-        manifest = _manifest(folder)
-        expected, step = manifest["files"], manifest["step"]
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError):
-        return f"its {MANIFEST} cannot be read"
-    if folder.name != f"checkpoint-{step}":
-        return f"its {MANIFEST} is of step {step}"
-    present = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    present.pop(MANIFEST)
-    if missing := sorted(set(expected) - set(present)):
-        return f"{missing[0]} is missing"
-    if extra := sorted(set(present) - set(expected)):
-        return f"{extra[0]} is not of it"
-    for name, entry in expected.items():  # sizes first: they cost nothing
-        if (size := present[name].stat().st_size) != entry["bytes"]:
-            return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
-    with ThreadPoolExecutor(8) as pool:
-        digests = pool.map(_digest, (present[name] for name in expected))
-        for (name, entry), digest in zip(expected.items(), digests, strict=True):
-            if digest != entry["xxh3_128"]:
-                return f"{name} has changed since it was saved"
-    return None
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / MANIFEST).read_text())
+    cache = getattr(trainer, "reference_cache", None)
+    return Origin.with_recipe(
+        trainer.recipe,
+        world_size=args.world_size,
+        zero_stage=state.deepspeed_plugin.zero_stage if deepspeed else None,
+        batch_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        trained=Trained.of(trainer.model),
+        rows=trainer.rows_digest,
+        reference=cache and cache.folder.name,
+        versions=versions(),
+    )
 
 
 def fault(folder: Path) -> str | None:
     """Why a run cannot go on from a checkpoint: its `damage`, or no optimizer; None if it can."""
     if reason := damage(folder):
         return reason
-    files = _manifest(folder)["files"]
+    files = Manifest.read(folder).files
     # Trainer would go on with a fresh optimizer. DeepSpeed's is in a folder of its own.
-    has_optimizer = any(name == "optimizer.pt" or name.startswith("global_step") for name in files)
+    has_optimizer = any(name == "optimizer.pt" or name.startswith(DEEPSPEED_STATES) for name in files)
     return None if has_optimizer else NO_OPTIMIZER
 
 
@@ -191,24 +165,66 @@ def newest_complete(output_dir: str | Path) -> str | None:
     return first_rank_decides(search)
 
 
-def checkpoint_to_resume(resume: str | bool | None, output_dir: str | Path) -> str | None:
+def checkpoint_to_resume(
+    resume: str | bool | None, output_dir: str | Path, recipe: Mapping[str, Any] | None = None
+) -> str | None:
     """
     What `resume_from_checkpoint` of the recipe means: true or `auto` is `newest_complete` (None if there is none yet),
-    a path is that checkpoint, which must be without a `fault`, and null or false is a fresh start. A manifest tells
-    damage, not malice: DeepSpeed unpickles its files, so name only checkpoints that you trust.
+    a path is that checkpoint, which must be without a `fault`, and null or false is a fresh start.
+
+    Args:
+        resume: the key's value.
+        output_dir: of this run, which need not be that of the checkpoint.
+        recipe: this run's resolved one, which may differ from the checkpoint's in `MAY_CHANGE` alone.
+
+    Raises:
+        RecipeError: no such checkpoint, one of another recipe, or one that is read as pickles and is not this run's.
     """
     if resume in (None, False, "false", "no"):
         return None
     if resume in (True, "true", "auto"):
-        return newest_complete(output_dir)
-    reason = first_rank_decides(lambda: fault(Path(resume)) if Path(resume).is_dir() else "it is not a folder")
-    if reason is None:
-        return str(resume)
-    way_out = _new_run(resume) if reason == NO_OPTIMIZER else "name another, or `auto` for the newest whole one"
-    raise RecipeError(f"resume_from_checkpoint: {resume}: {reason}; {way_out}")
+        found = newest_complete(output_dir)
+    else:
+        found = str(resume)
+        first_rank_decides(lambda: _check_named(Path(found), Path(output_dir)))
+    if found is not None and recipe is not None:
+        first_rank_decides(lambda: _check_recipe(found, recipe))
+    return found
 
 
-def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
+def _check_named(checkpoint: Path, output_dir: Path) -> None:
+    reason = fault(checkpoint) if checkpoint.is_dir() else "it is not a folder"
+    if reason is not None:
+        way_out = (
+            _new_run(checkpoint) if reason == NO_OPTIMIZER else "name another, or `auto` for the newest whole one"
+        )
+        raise RecipeError(f"resume_from_checkpoint: {checkpoint}: {reason}; {way_out}")
+    own = checkpoint.resolve().is_relative_to(output_dir.resolve())
+    if not own and any(name.startswith(DEEPSPEED_STATES) for name in Manifest.read(checkpoint).files):
+        # A manifest tells damage, not malice.
+        raise RecipeError(
+            f"resume_from_checkpoint: {checkpoint}: DeepSpeed unpickles its states, which runs whatever code is in "
+            "them, so they are read below output_dir alone; if that is a run of your own, go on in its folder "
+            f"(output_dir: {checkpoint.parent}, resume_from_checkpoint: auto), or {_new_run(checkpoint)}"
+        )
+
+
+def _check_recipe(checkpoint: str, recipe: Mapping[str, Any]) -> None:
+    """Refuse a recipe that would make another run of the checkpoint's, and say what else it changes."""
+    then = Manifest.read(Path(checkpoint)).recipe
+    if then is None:
+        return
+    decides, may_change = differences(then, recipe)
+    if decides:
+        raise RecipeError(
+            f"resume_from_checkpoint: {checkpoint} is of another recipe ({listed(decides)}); put back what that run "
+            f"began with, or, to train by this recipe and its schedule, {_new_run(checkpoint)}"
+        )
+    may_change = [line for line in may_change if not line.startswith("resume_from_checkpoint:")]
+    print(f"going on from {checkpoint}" + (f", with {listed(may_change)}" if may_change else ""), flush=True)
+
+
+def check_fits(checkpoint: str | Path, now: Origin) -> None:
     """
     Refuse to go on from a checkpoint in a way that would not continue its run.
 
@@ -218,56 +234,66 @@ def check_fits(checkpoint: str | Path, launch: dict[str, Any]) -> None:
     in the forward pass (dropout) differs. Other versions of the libraries are told, and go on.
 
     Args:
-        checkpoint: a folder with a manifest; one without rows or versions is of before they were kept.
-        launch: `launched_as` of the trainer that would go on.
+        checkpoint: a folder with a manifest.
+        now: `launched_as` of the trainer that would go on; what either does not know is not held against the other.
 
     Raises:
-        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, another batch per update, or
-            other training rows.
+        RecipeError: another ZeRO stage, another number of processes under DeepSpeed, another batch per update, other
+            training rows, another reference, or other trained weights.
     """
-    then = _manifest(Path(checkpoint))
+    then = Manifest.read(Path(checkpoint))
     way_out = f"or {_new_run(checkpoint)}"
-    if then["zero_stage"] != launch["zero_stage"]:
-        was, now = (
+    if then.zero_stage != now.zero_stage:
+        was, is_now = (
             "no DeepSpeed" if stage is None else f"DeepSpeed ZeRO-{stage}"
-            for stage in (then["zero_stage"], launch["zero_stage"])
+            for stage in (then.zero_stage, now.zero_stage)
         )
         raise RecipeError(
-            f"{checkpoint} was saved under {was}; this run has {now}, which cannot take over its optimizer; use the "
-            f"launch config of that run, {way_out}"
+            f"{checkpoint} was saved under {was}; this run has {is_now}, which cannot take over its optimizer; use "
+            f"the launch config of that run, {way_out}"
         )
-    if then["zero_stage"] is not None and then["world_size"] != launch["world_size"]:
+    if then.zero_stage is not None and then.world_size != now.world_size:
         raise RecipeError(
-            f"{checkpoint} is split over {then['world_size']} processes and this run has {launch['world_size']}; "
-            f"start it with --num_processes {then['world_size']}, {way_out}"
+            f"{checkpoint} is split over {then.world_size} processes and this run has {now.world_size}; "
+            f"start it with --num_processes {then.world_size}, {way_out}"
         )
-    if then["batch_per_update"] != launch["batch_per_update"]:
+    if then.batch_per_update != now.batch_per_update:
         raise RecipeError(
-            f"{checkpoint} is of updates of {then['batch_per_update']} rows and this run's have "
-            f"{launch['batch_per_update']}; set per_device_train_batch_size × gradient_accumulation_steps × processes "
-            f"to {then['batch_per_update']}, {way_out}"
+            f"{checkpoint} is of updates of {then.batch_per_update} rows and this run's have "
+            f"{now.batch_per_update}; set per_device_train_batch_size × gradient_accumulation_steps × processes "
+            f"to {then.batch_per_update}, {way_out}"
         )
-    if then.get("rows") and launch.get("rows") and then["rows"] != launch["rows"]:
+    if then.rows and now.rows and then.rows != now.rows:
         raise RecipeError(
             f"{checkpoint} is of other training rows: the data, or what selects and tokenises it, has changed since; "
             f"put back what the run began with, {way_out}"
         )
+    if then.reference and now.reference and then.reference != now.reference:
+        raise RecipeError(
+            f"{checkpoint} is of another reference: the weights of model_name_or_path, or their precision, have "
+            f"changed since; put back what the run began with, {way_out}"
+        )
+    if then.trained and now.trained and then.trained != now.trained:
+        raise RecipeError(
+            f"{checkpoint} is of other trained weights ({then.trained.tensors} tensors there, {now.trained.tensors} "
+            f"here, or others by name and shape); put back the model and trainable_parameters, {way_out}"
+        )
     if rank() == 0:
-        _tell_changes(checkpoint, then, launch)
+        _tell_changes(checkpoint, then, now)
 
 
-def _tell_changes(checkpoint: str | Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def _tell_changes(checkpoint: str | Path, then: Origin, now: Origin) -> None:
     """Warn of what a run goes on with although it has changed."""
-    old, new = then.get("versions", {}), now.get("versions", {})
+    old, new = then.versions, now.versions
     changed = [f"{name} {old[name]} → {new.get(name)}" for name in old if old[name] != new.get(name)]
     if changed:
         logger.warning(
             f"going on with other versions than {checkpoint} was saved with ({', '.join(changed)}): the numbers may "
             "differ from an unbroken run"
         )
-    if then["world_size"] != now["world_size"]:
+    if then.world_size != now.world_size:
         logger.warning(
-            f"going on with {now['world_size']} processes from {then['world_size']}: the same rows in the same "
+            f"going on with {now.world_size} processes from {then.world_size}: the same rows in the same "
             "updates, the same optimizer and schedule; rounding and dropout masks differ from an unbroken run"
         )
 
@@ -281,32 +307,13 @@ def numbered(output_dir: Path) -> list[Path]:
     folders = [
         path
         for path in output_dir.glob("checkpoint-*")
-        if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit()
+        if path.is_dir() and path.name.removeprefix("checkpoint-").isdecimal()
     ]
     return sorted(folders, key=_step, reverse=True)
 
 
 def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("checkpoint-"))
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def _flush_and_digest(path: Path) -> str:
-    _flush(path)
-    return _digest(path)
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _last_line(error: Exception) -> str:

@@ -11,6 +11,8 @@ from core.runtime.errors import RecipeError
 from core.runtime.launching import check_launched
 from core.runtime.network import check_model_path, go_offline_if_local
 from core.runtime.output_folder import check_writable, claim_output_dir, existing_parent
+from core.runtime.run_lock import check_free, hold
+from core.runtime.text import without_secrets
 from core.training.tracking import start_wandb
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ def open_run(kind: Kind) -> Run:
     resolved = build(settings)
     if rank() == 0:
         for line in resolved.announcements:
-            print(f"note: {line}", flush=True)
+            print(f"note: {without_secrets(line)}", flush=True)
     return resolved
 
 
@@ -71,17 +73,25 @@ def check_models(settings: Settings) -> None:
         first_rank_decides(lambda: check_model_path(values["reference_model"]))
 
 
-def claim_folder(settings: Settings) -> None:
-    """An evaluation may write beside what is there; a run must have the folder for itself, on every node."""
+def claim_folder(settings: Settings, only_look: bool = False) -> None:
+    """
+    An evaluation may write beside what is there; a run must have the folder for itself, on every node. Either keeps
+    others out until its end, unless it is only to look (check.py).
+    """
     from core.runtime.ranks import check_shared_folder, first_rank_decides
 
     values, folder = settings.values, Path(settings.values["output_dir"])
-    if settings.kind == "evaluate":
-        first_rank_decides(lambda: check_writable(folder))
-        return
-    resuming = bool(values.get("resume_from_checkpoint"))
-    first_rank_decides(lambda: claim_output_dir(folder, values, resuming))
-    check_shared_folder(existing_parent(folder))
+
+    def claim() -> None:
+        check_free(folder) if only_look else hold(folder, values)
+        if settings.kind == "evaluate":
+            check_writable(folder)
+        else:
+            claim_output_dir(folder, values, bool(values.get("resume_from_checkpoint")))
+
+    first_rank_decides(claim)
+    if settings.kind != "evaluate":
+        check_shared_folder(existing_parent(folder))
 
 
 def begin(resolved: Run, audit: "Audit | None" = None) -> None:

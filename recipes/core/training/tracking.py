@@ -10,6 +10,7 @@ from typing import Any
 from core.runtime.errors import RecipeError
 from core.runtime.files import replaced
 from core.runtime.network import answers, network_is_off
+from core.runtime.text import masked
 
 
 def start_wandb(
@@ -35,7 +36,7 @@ def start_wandb(
         run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "shifted-margin"),
             name=run_name,
-            config={"recipe": dict(recipe)},
+            config={"recipe": masked(recipe)},
             mode=os.environ.get("WANDB_MODE") or ("offline" if reason else "online"),
             id=os.environ.get("WANDB_RUN_ID") or run_id(folder),
             resume=os.environ.get("WANDB_RESUME", "allow"),
@@ -45,7 +46,7 @@ def start_wandb(
         line = str(error).strip().splitlines()[0]
         raise RecipeError(f"wandb does not start: {line}; mend the login, or set WANDB_MODE=offline") from error
     if audit is not None:
-        run.config.update({"selection": json.loads(Path(audit).read_text())}, allow_val_change=True)
+        run.config.update({"selection": masked(json.loads(Path(audit).read_text()))}, allow_val_change=True)
     return reason
 
 

@@ -14,14 +14,9 @@ from trl.trainer.utils import add_fused_lm_head
 
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
-from core.modeling.prefix import (
-    HEAD_OUTPUTS,
-    PaddedCollator,
-    PairOutputs,
-    PrefixSharedCollator,
-    enable_prefix_sharing,
-    pair_logps,
-)
+from core.modeling.dropout import draws_dropout
+from core.modeling.precision import Precision, hold
+from core.modeling.prefix import HEAD_OUTPUTS, PairOutputs, collator_for, enable_prefix_sharing, pair_logps
 from core.modeling.reference import as_reference, reference_logps
 from core.modeling.reference_cache import ReferenceCache
 from core.objective.losses import shifted_margin_loss, target_sign
@@ -31,8 +26,9 @@ from core.selection.replay import EpochCallback, ReplaySampler
 from core.training.checkpoints import CompleteCheckpoints
 from core.training.metrics import PAIR_STATS, TOKEN_STATS, PairMetrics
 from core.training.records import LogLine, MetricsFile
+from core.training.saving import SavesFinal
 from core.training.throughput import Throughput
-from core.training.tripwires import Tripwires, check_first_loss, draws_dropout
+from core.training.tripwires import Tripwires, check_first_loss
 
 # What a row brings into a micro-batch.
 BATCH_COLUMNS = [
@@ -48,11 +44,17 @@ BATCH_COLUMNS = [
 ]
 
 
-class Recorded(Tripwires, CompleteCheckpoints):
-    """What both stages add to TRL's trainers: tripwires, complete checkpoints, metrics.jsonl and a short log line."""
+class Recorded(Tripwires, CompleteCheckpoints, SavesFinal):
+    """
+    What both stages add to TRL's trainers: tripwires, complete checkpoints, the final model, metrics.jsonl and a short
+    log line.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.deepspeed_plugin is None:
+            # What PEFT has added and copied; what else is trained is so already (`load_policy`).
+            hold(self.model, Precision(torch.float32, torch.float32), frozen=False)
         self.add_callback(MetricsFile())
         if not self.args.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -97,7 +99,7 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         # Of each pair of the latest evaluation: log π(y_w) − log π(y_l) of the reference, of the policy, and m. One
         # tensor of shape (B, 3) for each micro-batch.
         self.evaluated: list[torch.Tensor] = []
-        collator = PrefixSharedCollator() if prefix_sharing else PaddedCollator(processing_class.pad_token_id)
+        collator = collator_for(model, prefix_sharing, processing_class.pad_token_id)
         if prefix_sharing:
             for network in (model, kwargs.get("ref_model")):
                 if network is not None:
@@ -165,13 +167,14 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         if "ref_chosen_logps" in batch:
             return batch["ref_chosen_logps"], batch["ref_rejected_logps"]
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            with as_reference(self.model):
+            # The reference's own autocast is lost where its head has been replaced after it was prepared.
+            with as_reference(self.model), self.accelerator.autocast():
                 outputs = pair_logps(self.ref_model or self.model, batch, statistics=False)
         return outputs.chosen_logps, outputs.rejected_logps
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
         assert not return_outputs, "rewards are logged, not returned: no compute_metrics is passed"
-        policy = pair_logps(model, inputs)
+        policy = pair_logps(model, inputs, router_loss=self.aux_loss_enabled)
         ref_chosen_logps, ref_rejected_logps = self._reference_of(inputs)
         chosen_logratios = policy.chosen_logps - ref_chosen_logps
         rejected_logratios = policy.rejected_logps - ref_rejected_logps
@@ -187,7 +190,13 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
             dtype = self._forward_dtype()
             check_first_loss(losses.detach(), inputs["margin"], summed_delta.detach(), tokens, self.link, dtype)
         self._record(inputs, policy, chosen_logratios, rejected_logratios, losses)
-        return role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+        loss = role_weighted_mean(losses, inputs["is_buffer"], self.replay.weight)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * policy.router_loss
+            mode = "train" if self.model.training else "eval"
+            router_loss = self.accelerator.gather_for_metrics(policy.router_loss.detach()).mean().item()
+            self._metrics[mode]["aux_loss"].append(router_loss)
+        return loss
 
     def _forward_dtype(self) -> torch.dtype:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -254,7 +263,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
                     logs |= self.throughput.report()
                 else:
                     # Trainer's own mean weighs micro-batches by their first dimension and knows no roles.
-                    logs["eval_loss"] = loss
+                    router = self._metrics["eval"].get("aux_loss", [0.0])
+                    logs["eval_loss"] = loss + self.router_aux_loss_coef * sum(router) / len(router)
                 self._metrics[mode].update({key: [value] for key, value in report.items()})
         super().log(logs, start_time)
 

@@ -87,8 +87,8 @@ class Tripwires:
 
 class Movement:
     """
-    Whether the trained weights move. A weight is let off for as long as an update is too small to show in its number
-    format: 5e-7 does not change a bfloat16 of 1.0, nor does a warm-up's first 2e-9 a float32 of it.
+    Whether the trained weights move. A weight is let off for as long as an update is too small to show in float32: a
+    warm-up's first 2e-9 does not change a 1.0. That 16 bits could not show it is no excuse.
     """
 
     def __init__(self, trained: dict[str, nn.Parameter]) -> None:
@@ -148,13 +148,13 @@ class Movement:
     @staticmethod
     @torch.no_grad()
     def _smallest_steps(weights: dict[str, nn.Parameter]) -> list[float]:
-        """The step that would show in one of twenty of a weight's elements, given its size and number format."""
+        """The step that would show in one of twenty of a weight's elements, given its size, in float32."""
         smallest = []
         for weight in weights.values():
             part = _own_part(weight).flatten()
             sample = part[:: max(1, part.numel() // 4096)].abs().float()
             size = sample.quantile(0.05) if len(sample) else torch.zeros((), device=part.device)
-            smallest.append(torch.finfo(part.dtype).eps * size)
+            smallest.append(torch.finfo(torch.float32).eps * size)
         stacked = torch.stack(smallest)
         if _is_split(weights):
             dist.all_reduce(stacked, dist.ReduceOp.MAX)
@@ -194,14 +194,6 @@ def check_first_loss(
         f"Δ = 0: policy and reference differ by up to {gap.abs().max().item():.3g} nats before the first update, "
         "so the reference is not the model that is trained; check model_name_or_path and adapters, and empty "
         "reference_cache"
-    )
-
-
-def draws_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training is a random one, so that the first loss is the link's value but roughly."""
-    return any(
-        isinstance(module, nn.Dropout) and module.p > 0 or getattr(module, "attention_dropout", 0) > 0
-        for module in model.modules()
     )
 
 
