@@ -116,10 +116,11 @@ def _matches_whole(name: str, pattern: str) -> bool:
 def _refuse_unknown(
     key: str, given: list[str], names: list[str], model: nn.Module, matches: Callable[[str, str], bool]
 ) -> None:
+    kind = "parameter" if key == "lora_target_parameters" else "module"
     for target in given:
         if not any(matches(name, target) for name in names):
             raise RecipeError(
-                f"{key}: {target!r} is in no name of {type(model).__name__} that LoRA could adapt; near names: "
+                f"{key}: {target!r} is no {kind} of {type(model).__name__} that LoRA could adapt; near names: "
                 f"{_near(target, names)}"
             )
 
