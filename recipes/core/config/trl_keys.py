@@ -80,10 +80,6 @@ RANGES: dict[str, Any] = _each(
 )  # fmt: skip
 
 
-def _each(reasons: dict[str, str]) -> dict[str, str]:
-    return {key: reason for keys, reason in reasons.items() for key in keys.split()}
-
-
 _REFUSED = _each(
     {
         "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage": (
