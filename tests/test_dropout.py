@@ -57,7 +57,7 @@ def test_attention_dropout_of_a_saved_model_follows_the_recipe(tmp_path, tokeniz
     """ln 2 at step 0 and shared prompts; with dropout a random first loss, and padded pairs."""
     build_model(attention_dropout=0.5).save_pretrained(tmp_path / "model")
     args = DPOConfig(output_dir=str(tmp_path / "run"), disable_dropout=disable, use_cpu=True, bf16=False)
-    model = load_policy(ModelConfig(model_name_or_path=str(tmp_path / "model"), dtype="float32"), args)
+    model = load_policy(ModelConfig(model_name_or_path=str(tmp_path / "model"), dtype="float32"), None, args)
     sharing = unsupported_reason(model, test_trainer.MAX_LENGTH) is None
     assert sharing is disable
     rows = test_trainer.training_rows(tokenizer, Margin(), roles=False)
