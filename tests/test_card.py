@@ -6,6 +6,7 @@ import socket
 import datasets
 import pytest
 import yaml
+from datasets import concatenate_datasets
 
 from conftest import preference_rows
 from core.config.parsing import resolve, save_recipe
@@ -76,7 +77,9 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "dpo.yaml").write_text(text)
     save_recipe(resolve("dpo", ["--config", str(tmp_path / "dpo.yaml")], world_size=2), output)
     (output / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    _, audit = select_rows(preference_rows(40).remove_columns("relabelled"), Selection(), seed=7)
+    rows = preference_rows(40).remove_columns("relabelled")
+    twins = rows.select([38, 39]).map(lambda row: {"rejected": row["chosen"]})
+    _, audit = select_rows(concatenate_datasets([rows.select(range(38)), twins]), Selection(), seed=7)
     audit.save(output)
     (output / "results.json").write_text(json.dumps({"over_refusal": {"before": 0.0, "after": 0.02}, "seed": 7}))
     draw_plots(output)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from core.config.entries import place
 from core.config.parsing import Run
@@ -69,12 +69,10 @@ def inspect_learning(resolved: Run, precision: Precision, model: FakeModel | Non
     findings.attempt(check_save_dtype, resolved.recipe.save_dtype, precision.trained if precision.masters else None)
     folder = settings.model_name_or_path
     try:
-        generation = GenerationConfig.from_pretrained(folder, revision=settings.model_revision)
-    except OSError:
-        generation = None  # many models have none
-    except ValueError as error:
+        generation = loading.generation_config(folder, settings.model_revision)
+    except RecipeError as error:
         generation = None
-        findings.fault(f"model {folder}: generation_config.json is invalid: {' '.join(str(error).split())}; mend it")
+        findings.fault(str(error))
     if note := findings.attempt(mend_generation, generation, folder):
         findings.note(note)
     if model is not None:

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -65,6 +66,20 @@ def model_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """
     with _of_strangers(f"model {path}: its config", "mend that folder, or give another model"):
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+
+
+def generation_config(path: str, revision: str | None = None) -> GenerationConfig | None:
+    """
+    The settings of generation that come with a model; None where there are none, as with many.
+
+    Raises:
+        RecipeError: they cannot be read.
+    """
+    with _of_strangers(f"model {path}: its generation_config.json", "mend it"):
+        try:
+            return GenerationConfig.from_pretrained(path, revision=revision)
+        except OSError:
+            return None
 
 
 def causal_lm(path: str, **options: Any) -> PreTrainedModel:

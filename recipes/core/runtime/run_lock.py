@@ -84,18 +84,16 @@ def hold(output_dir: str | Path, recipe: Mapping[str, Any]) -> None:
 
 
 def release() -> None:
-    """End the hold: who had it is forgotten, and a folder that holds nothing else is taken away again."""
+    """End the hold: the lock goes, and with it a folder that was made for it and holds nothing else."""
     global held
     if held is None or held.process != os.getpid():
         return
     mine, held = held, None
     with contextlib.suppress(OSError):
         if _is_there(mine.descriptor, mine.path):
-            os.ftruncate(mine.descriptor, 0)
-            if os.listdir(mine.path.parent) == [LOCK]:
-                mine.path.unlink()
-                for folder in reversed(mine.made):
-                    folder.rmdir()
+            mine.path.unlink()  # whoever waits for it sees that it is gone, and makes another
+            for folder in reversed(mine.made):
+                folder.rmdir()  # fails, and so ends, at the first that holds something
     os.close(mine.descriptor)
 
 
