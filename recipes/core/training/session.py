@@ -82,12 +82,18 @@ def claim_folder(settings: Settings, only_look: bool = False) -> None:
 
     values, folder = settings.values, Path(settings.values["output_dir"])
 
-    def claim() -> None:
-        check_free(folder) if only_look else hold(folder, values)
+    def look() -> None:
         if settings.kind == "evaluate":
             check_writable(folder)
         else:
             claim_output_dir(folder, values, bool(values.get("resume_from_checkpoint")))
+
+    def claim() -> None:
+        check_free(folder)
+        look()  # before the lock, which a refused start would leave in another run's folder
+        if not only_look:
+            hold(folder, values)
+            look()  # again, for a run that has come and gone meanwhile
 
     first_rank_decides(claim)
     if settings.kind != "evaluate":
