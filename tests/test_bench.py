@@ -1,10 +1,13 @@
 """The bench: both trainers are given the same rows and give the same losses, bounds by hand, refusals in one line."""
 
+import contextlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,39 +66,48 @@ def test_both_trainers_see_the_same_rows_and_give_the_same_losses(comparison):
         assert run[REFERENCE] > 0
 
 
-def test_the_table_is_of_medians_over_the_rounds(workload, monkeypatch):
+@pytest.fixture
+def peaks(monkeypatch):
+    """Peaks of 6 and 2 GiB, whatever is run."""
+    made = itertools.cycle([6 * 2**30, 2 * 2**30])
+
+    class Peaks(contextlib.nullcontext):
+        def __enter__(self):
+            return SimpleNamespace(peak_bytes=next(made))
+
+    monkeypatch.setattr(measuring, "PeakMemory", Peaks)
+
+
+def test_the_table_is_of_medians_over_the_rounds(workload, peaks, monkeypatch):
     """
     Stock 6, 8 and 9 ms, here 2, 4 and 3 ms: medians 8 and 3, ratios 3, 2 and 3; memory is of a run of its own, before
     the others. Who begins changes. The bounds are of the timed rows and of all.
     """
-    runs = []
+    sides = []
 
     def run(work, side):
-        number = sum(side == other for other in runs) - 1  # −1: for the memory
-        runs.append(side)
+        number = sides.count(side) - 1  # −1: for the memory
+        sides.append(side)
         step = {STOCK: (6, 8, 9), HERE: (2, 4, 3)}[side][number]
         return {STEP: step, REFERENCE: 1, "losses": [0.7], "sharing": sharing}
 
     monkeypatch.setattr(measuring, "run", run)
-    sharing = True
-    table = compare(workload, rounds=3)["table"]
-    assert runs == [STOCK, HERE, STOCK, HERE, HERE, STOCK, STOCK, HERE]
-    assert list(table) == [STEP, REFERENCE, PEAK]
-    lengths = token_lengths(workload.rows)
-    assert table[STEP] == {STOCK: 8, HERE: 3, "ratio": 3, "tokens alone": token_bound(lengths[4:], 2)}
-    assert table[REFERENCE] == {STOCK: 1, HERE: 1, "ratio": 1, "tokens alone": token_bound(lengths, 2)}
-    assert table[PEAK]["tokens alone"] is None
+    sharing, lengths = True, token_lengths(workload.rows)
+    assert compare(workload, rounds=3)["table"] == {
+        STEP: {STOCK: 8, HERE: 3, "ratio": 3, "tokens alone": token_bound(lengths[4:], 2)},
+        REFERENCE: {STOCK: 1, HERE: 1, "ratio": 1, "tokens alone": token_bound(lengths, 2)},
+        PEAK: {STOCK: 6, HERE: 2, "ratio": 3, "tokens alone": None},
+    }
+    assert sides == [STOCK, HERE, STOCK, HERE, HERE, STOCK, STOCK, HERE]
     sharing = False
-    runs.clear()
+    sides.clear()
     assert [costs["tokens alone"] for costs in compare(workload, rounds=1)["table"].values()] == [None] * 3
 
 
 @pytest.mark.parametrize("loss", [1.2, float("nan")])
-def test_losses_that_differ_are_refused(loss, workload, monkeypatch):
+def test_losses_that_differ_are_refused(loss, workload, peaks, monkeypatch):
     losses = {STOCK: [0.7, 0.7], HERE: [0.7, loss]}
-    monkeypatch.setattr(
-        measuring, "run", lambda _, side: {STEP: 1, REFERENCE: 1, "losses": losses[side], "sharing": True}
-    )
+    monkeypatch.setattr(measuring, "run", lambda _, side: {"losses": losses[side]})
     with pytest.raises(RecipeError, match=r"the losses of the two trainers differ by up to (0\.5|nan),"):
         compare(workload, rounds=1)
 
