@@ -13,7 +13,15 @@ from trl import DPOConfig, ModelConfig
 from conftest import build_model, build_tokenizer
 from core.config.schema import Replay
 from core.modeling.policy import check_learning, load_policy, verify_saved
-from core.modeling.precision import check_save_dtype, check_steps, hold, movable_share, moves, precision_of
+from core.modeling.precision import (
+    TwoPartLinear,
+    check_save_dtype,
+    check_steps,
+    hold,
+    movable_share,
+    moves,
+    precision_of,
+)
 from core.modeling.reference_cache import open_cache
 from core.objective.presets import Margin
 from core.runtime.errors import RecipeError
@@ -59,6 +67,40 @@ def test_a_share_that_a_step_can_move_by_hand():
     # Three elements of which a sample says all of that, and nine of which none moves.
     assert movable_share([(weights, 3), (torch.ones(2), 9)], 2**-17, BF16) == 0.75 * 3 / 12
     assert movable_share([], 1.0, BF16) == 1.0
+
+
+def test_a_forward_in_16_bits_sees_what_training_has_moved():
+    """
+    Weights on bf16's grid are moved by 1e-3 of themselves, a fourth of the grid's step. Of what that moves the outputs
+    by, worked out in float64, plain autocast shows nothing, and the two parts all of it on the mean. Before the move
+    and in their gradients the two are the same.
+    """
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(256, 256)
+    plain.weight.data = plain.weight.data.to(BF16).float()
+    both = TwoPartLinear(256, 256)
+    both.load_state_dict(plain.state_dict())
+    inputs = torch.randn(64, 256).to(BF16).float()
+
+    def run(layer):
+        given = inputs.clone().requires_grad_()
+        layer.weight.grad = None
+        with torch.autocast("cpu", BF16):
+            outputs = layer(given)
+        outputs.float().square().sum().backward()
+        return outputs.detach().double(), given.grad, layer.weight.grad
+
+    before, *gradients = run(plain)
+    found, *others = run(both)
+    assert torch.equal(found, before)
+    for one, other in zip(gradients, others, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * one.abs().max().item())
+    moved = plain.weight.data * 1e-3 * torch.randn(256, 256).sign()
+    exact = inputs.double() @ moved.double().T
+    for layer, wanted in ((plain, 0.0), (both, 1.0)):
+        layer.weight.data += moved
+        seen = (run(layer)[0] - before) * exact
+        assert (seen.sum() / exact.square().sum()).item() == pytest.approx(wanted, abs=0.1)
 
 
 def test_lost_steps_are_refused(half_folder):

@@ -8,6 +8,11 @@ for every script, launch and check (`precision_of`):
     |--------------------|------------------------------------------------|-----------------|
     | without DeepSpeed  | trained float32, frozen `dtype`, autocast      | all float32     |
     | DeepSpeed          | its own: 16 bits with float32 masters          | all float32     |
+
+Weights in float32 are not enough: autocast rounds each to 16 bits again before it is used. A model that was published
+in 16 bits begins on their grid, and until a weight has moved half a step of the grid away, which at a learning rate of
+5e-7 takes hundreds of updates, the forward is that of the start. So linear layers that are trained use their weights
+in two parts (`TwoPartLinear`). DeepSpeed keeps the remainder to itself: there the forward sees a move late.
 """
 
 import math
@@ -16,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import nn
 from transformers import PretrainedConfig
@@ -83,6 +89,46 @@ def hold(model: nn.Module, precision: Precision, frozen: bool = True) -> None:
     for weight in model.parameters():
         if weight.is_floating_point() and (frozen or weight.requires_grad):
             weight.data = weight.data.to(precision.trained if weight.requires_grad else precision.frozen)
+    if precision.autocast is None or not frozen:
+        return
+    head = model.get_output_embeddings()  # its weight is read by the loss, past the module
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.requires_grad and module is not head:
+            module.__class__ = TwoPartLinear
+
+
+class TwoPartLinear(nn.Linear):
+    """
+    A linear layer with float32 weights whose forward under autocast sees all of them: W = rounded(W) + remainder, both
+    in 16 bits, in one product that is summed in float32 and rounded once, y = rounded([W, remainder]·[x, x]).
+
+    Rounded before the sum, y would lose what the remainder adds. At the start the remainder of weights of 16 bits is
+    0, and the numbers are those of plain autocast; so are the gradients, that of the inputs by the rounded W.
+    """
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        device = inputs.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(inputs)
+        with torch.autocast(device, enabled=False):
+            dtype = torch.get_autocast_dtype(device)
+            return _TwoParts.apply(inputs.to(dtype), self.weight, None if self.bias is None else self.bias.to(dtype))
+
+
+class _TwoParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(inputs, weight)
+        rounded = weight.to(inputs.dtype)
+        parts = torch.cat([rounded, (weight - rounded).to(inputs.dtype)], dim=1)
+        return F.linear(torch.cat([inputs, inputs], dim=-1), parts, bias)
+
+    @staticmethod
+    def backward(ctx: Any, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        rows = outputs.flatten(0, -2)
+        of_weight = (rows.T @ inputs.flatten(0, -2)).to(weight.dtype)
+        return outputs @ weight.to(outputs.dtype), of_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
 
 
 # ----------------------------------------------------------------------------------------------- steps that are lost
