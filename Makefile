@@ -68,7 +68,7 @@ test-fast: $(SETUP) ## the tests without the end-to-end runs
 	$(PYTHON) -m pytest -m "not slow" $(PYTEST_ARGS)
 
 torture: $(SETUP) ## kill, damage, mislead and measure real runs, and print what is found; ARGS="-k kills" for a part
-	$(PYTHON) -m pytest tests/test_torture.py -m torture -s -v $(ARGS)
+	$(PYTHON) -m pytest tests/test_torture.py tests/test_verdicts.py -m torture -s -v $(ARGS)
 
 style: $(SETUP) ## format and mend what can be mended
 	$(PYTHON) -m ruff check --fix .

@@ -55,9 +55,7 @@ def main() -> None:
     import datasets
 
     from core.modeling.policy import share_prefixes
-    from core.modeling.precision import asked_dtype, precision_of
     from core.planning import estimates, inspection
-    from core.planning.memory_trace import FakeModel
     from core.training.checkpoints import check_fits, checkpoint_to_resume
     from core.training.manifest import asked_of
 
@@ -72,14 +70,8 @@ def main() -> None:
     if checkpoint is not None:
         findings.attempt(check_fits, checkpoint, asked_of(launch, args))
     inspection.show_network(resolved)
-    config, tokenizer = inspection.open_model(resolved, findings)
-    model = precision = None
-    if config is not None:
-        precision = precision_of(
-            asked_dtype(resolved.model, config), mixed_precision(asked, launch), bool(launch.zero_stage)
-        )
-        model = findings.attempt(FakeModel, config, resolved.model, recipe.trainable_parameters, precision)
-        inspection.inspect_learning(resolved, precision, model, findings)
+    mixed, deepspeed = mixed_precision(asked, launch), bool(launch.zero_stage)
+    model, tokenizer, precision, _ = inspection.inspect_model(resolved, mixed, deepspeed, findings)
 
     # ---------------------------------------------------------------- rows, batch, steps
     shared = False

@@ -13,16 +13,15 @@ from core.runtime.errors import exits_cleanly
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from core.training.session import begin, open_run
+    from core.training.session import begin, open_model, open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("dpo")
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from core.data.tokens import load_tokenizer
     from core.modeling.parameters import lora_config
-    from core.modeling.policy import check_config, check_learning, load_policy, share_prefixes, verify_saved
+    from core.modeling.policy import load_policy, share_prefixes, verify_saved
     from core.modeling.reference import reference_gaps
     from core.modeling.reference_cache import open_cache
     from core.planning.disk import check_room
@@ -41,7 +40,7 @@ def main() -> None:
         args.eval_on_start = True  # the "before" of every table; a run that goes on has it
 
     # ---------------------------------------------------------------- rows: load, tokenise, select, give margins
-    tokenizer = load_tokenizer(resolved.model, recipe)
+    tokenizer = open_model(resolved).tokenizer
     held_out = None
     if recipe.eval_datasets:
         held_out = prepare_pairs(recipe.eval_datasets, recipe, args, tokenizer, evaluation=True)
@@ -68,8 +67,6 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the policy, and what of it is trained
     model = load_policy(resolved.model, recipe.trainable_parameters, args)
-    check_config(model.config, tokenizer, args)
-    check_learning(model, resolved.model, args, recipe.save_dtype)
     check_room(model, resolved, len(train.dataset))
 
     # ---------------------------------------------------------------- the trainer

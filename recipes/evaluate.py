@@ -14,26 +14,25 @@ from core.runtime.errors import exits_cleanly
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from core.training.session import open_run
+    from core.training.session import open_model, open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("evaluate")
     recipe, args = resolved.recipe, resolved.training
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
-    from core.data.tokens import load_tokenizer, with_system_message
+    from core.data.tokens import with_system_message
     from core.modeling.generation import answer_prompts, read_prompts
-    from core.modeling.policy import check_config, load_policy, share_prefixes
+    from core.modeling.policy import load_policy, share_prefixes
     from core.reporting.results import show_selection, write_evaluation
     from core.runtime.ranks import rank
     from core.selection.pairs import prepare_pairs
     from core.training.trainer import ShiftedMarginTrainer
 
-    tokenizer = load_tokenizer(resolved.model, recipe)
+    tokenizer = open_model(resolved).tokenizer
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
     trained = recipe.trainable_parameters
     model = load_policy(resolved.model, trained, args)
-    check_config(model.config, tokenizer, args)
 
     # ---------------------------------------------------------------- preference rows
     entries = recipe.eval_datasets or recipe.datasets

@@ -11,7 +11,7 @@ from core.runtime.errors import exits_cleanly
 @exits_cleanly
 def main() -> None:
     prepare_environment()  # before the first import of torch
-    from core.training.session import begin, open_run
+    from core.training.session import begin, open_model, open_run
 
     # ---------------------------------------------------------------- the run
     resolved = open_run("sft")
@@ -20,9 +20,9 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.data.chat_template import template_errors
     from core.data.preferences import load_conversations
-    from core.data.tokens import ids_digest, lead_with, load_tokenizer
+    from core.data.tokens import ids_digest, lead_with
     from core.modeling.parameters import lora_config
-    from core.modeling.policy import check_config, check_learning, load_policy, verify_saved
+    from core.modeling.policy import load_policy, verify_saved
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_lengths
     from core.runtime.ranks import agree, caches_in_turn, rank
@@ -35,7 +35,7 @@ def main() -> None:
     checkpoint = checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir, resolved.values)
 
     # ---------------------------------------------------------------- conversations that end in the answer to learn
-    tokenizer = load_tokenizer(resolved.model, recipe)
+    tokenizer = open_model(resolved).tokenizer
 
     def conversations(entries):
         return lead_with(recipe.system_message, load_conversations(entries, args.seed, args.dataset_num_proc))
@@ -45,8 +45,6 @@ def main() -> None:
 
     # ---------------------------------------------------------------- the model, and what of it is trained
     model = load_policy(resolved.model, recipe.trainable_parameters, args)
-    check_config(model.config, tokenizer, args)
-    check_learning(model, resolved.model, args, recipe.save_dtype)
     check_room(model, resolved, len(train))
 
     # ---------------------------------------------------------------- train, save, prove what was saved, report

@@ -231,3 +231,37 @@ def test_nothing_is_written_through_a_link(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError), replaced(path) as file:
         file.write(b"newer")
     assert (tmp_path / "precious").read_text() == "mine" and path.read_text() == "new"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "code"),
+    [
+        ("1 / 0", "error: ZeroDivisionError: division by zero; nobody foresaw this: please report it with ", 1),
+        ("open('/none/of/this')", "error: /none/of/this cannot be read or written on ", 2),
+        ("raise RecipeError('mend it')", "error: mend it", 2),
+    ],
+)
+def test_every_end_is_a_line(text, line, code, tmp_path):
+    """What nobody foresaw leaves its traceback in a file that the line names."""
+    script = f"from core.runtime.errors import *\n@exits_cleanly\ndef main():\n    {text}\nmain()"
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=RECIPES, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    logs = list(tmp_path.glob("traceback-*"))
+    assert [str(path) in done.stderr and "Traceback" in path.read_text() for path in logs] == [True] * (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("world", "visible", "left"),
+    [(None, "2,3", "2"), ("1", "0,1", "0"), ("2", "0,1", "0,1"), (None, "", ""), (None, "GPU-a,GPU-b", "GPU-a")],
+)
+def test_one_process_takes_one_gpu(world, visible, left, monkeypatch, capsys):
+    """Of several transformers would make an nn.DataParallel; ranks of a launch see all, and take their own."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    environment.take_one_gpu()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left
+    assert ("one process uses one GPU" in capsys.readouterr().out) is (left != visible)

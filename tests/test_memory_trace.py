@@ -10,7 +10,9 @@ from trl import ModelConfig
 
 from conftest import build_model
 from core.modeling.parameters import select_parameters
+from core.modeling.precision import precision_of
 from core.modeling.prefix import PrefixSharedCollator, enable_prefix_sharing, pair_logps
+from core.modeling.skeleton import Skeleton, build_empty, choose
 from core.planning.memory_trace import FakeModel, LiveBytes, MicroBatch, largest_micro_batch
 from core.runtime.errors import RecipeError
 
@@ -27,6 +29,11 @@ def test_live_bytes_are_counted_and_let_go():
         assert (alive.now, alive.peak) == (4000, 8000)
         del third
     assert alive.now == 0
+
+
+def skeleton(config, model: ModelConfig, patterns) -> Skeleton:
+    precision = precision_of(torch.float32, "no", deepspeed=False)
+    return choose(build_empty(config, model, precision), model, patterns, precision)
 
 
 PAIRS = ((40, 60, 30), (25, 50, 80))
@@ -64,7 +71,7 @@ def allocated(patterns, checkpointing: bool) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("patterns", [None, ["down_proj"]])
 def test_the_trace_is_what_the_allocator_hands_out(patterns, checkpointing):
-    model = FakeModel(build_model(**SHAPE).config, ModelConfig(), patterns)
+    model = FakeModel(skeleton(build_model(**SHAPE).config, ModelConfig(), patterns))
     traced = model.trace(
         MicroBatch(PAIRS),
         checkpointing={"use_reentrant": False} if checkpointing else None,
@@ -78,7 +85,7 @@ def test_the_trace_is_what_the_allocator_hands_out(patterns, checkpointing):
 
 def test_kept_gradients_and_handed_over_ones():
     """With all weights trained, gradients that are handed over at once leave less than those that stay."""
-    model = FakeModel(build_model(**SHAPE).config, ModelConfig(), None)
+    model = FakeModel(skeleton(build_model(**SHAPE).config, ModelConfig(), None))
     options = {"checkpointing": {"use_reentrant": False}, "autocast": None}
     kept = model.trace(MicroBatch(PAIRS), gradients_kept=True, accumulates=False, **options) + 4 * model.trained
     second = model.trace(MicroBatch(PAIRS), gradients_kept=True, accumulates=True, **options) + 4 * model.trained
@@ -86,16 +93,16 @@ def test_kept_gradients_and_handed_over_ones():
     assert handed < kept < second <= handed + 4 * model.trained
 
 
-def test_a_fake_model_counts_parameters():
+def test_a_skeleton_counts_parameters():
     """By hand: `q, v` with rank 16 on two layers of width 32 (v: 32 → 16) are 16·(32+32) + 16·(32+16) each."""
     config = build_model().config
-    whole = FakeModel(config, ModelConfig(), None)
+    whole = skeleton(config, ModelConfig(), None)
     assert (whole.total, whole.trained) == (39_072, 39_072)
-    assert FakeModel(config, ModelConfig(), ["down_proj"]).trained == 2 * 64 * 32
-    lora = FakeModel(config, ModelConfig(model_name_or_path="tiny", use_peft=True), ["q_proj", "v_proj"])
+    assert skeleton(config, ModelConfig(), ["down_proj"]).trained == 2 * 64 * 32
+    lora = skeleton(config, ModelConfig(model_name_or_path="tiny", use_peft=True), ["q_proj", "v_proj"])
     assert lora.trained == 2 * 16 * (32 + 32 + 32 + 16)
     with pytest.raises(RecipeError, match="matches no parameter"):
-        FakeModel(config, ModelConfig(), ["down_prj"])
+        skeleton(config, ModelConfig(), ["down_prj"])
 
 
 def test_the_largest_micro_batch():

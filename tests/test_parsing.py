@@ -422,7 +422,8 @@ def test_seed_and_reference_pass(write):
             DPO,
             "--margin {link: soft, epsilon: 0.2, a: 1} --selection.quotas {by: source, limits: {x: 0.5, y: 9}}",
         ),
-        ("dpo", DPO, "--datasets.0.columns.turns {user: 'Human:', assistant: '5e-7'} --lr_scheduler_kwargs {a: 1}"),
+        ("dpo", DPO, "--datasets.0.columns.turns {user: 'Human:', assistant: '5e-7'}"),
+        ("dpo", DPO, "--lr_scheduler_type polynomial --lr_scheduler_kwargs {power: 2.0}"),
         ("sft", SFT, "--trainable_parameters [down_proj] --conversations_per_update 16 --pad_token <unk>"),
         (
             "sft",
@@ -501,3 +502,11 @@ def test_every_recipe_parses_and_its_batch_arithmetic_holds(path):
     resolved = resolve(kind, ["--config", str(path)], world_size=processes)
     training = trl_keys.DEFAULTS | resolved.training
     assert (training["per_device_train_batch_size"], training["gradient_accumulation_steps"]) == (batch, steps)
+
+
+def test_a_file_of_thousands_of_unknown_keys(write):
+    """Twenty of them are told, and how many there are more; soon, and in a line that a terminal holds."""
+    with pytest.raises(RecipeError) as refused:
+        resolve("dpo", with_overrides(write(DPO + "".join(f"kex_{n}: 1\n" for n in range(5000))), ""), 1)
+    assert str(refused.value).count("unknown key") == 20 and "and 4,980 keys more" in str(refused.value)
+    assert len(str(refused.value)) < 4000

@@ -346,4 +346,4 @@ def test_a_run_looks_before_it_trains(half_folder, tmp_path):
     settings = ModelConfig(model_name_or_path=half_folder, dtype="bfloat16")
     args = arguments(tmp_path, learning_rate=1e-10)
     with pytest.raises(RecipeError, match="one step of it can move"):
-        check_learning(load_policy(settings, None, args), settings, args, None)
+        check_learning(load_policy(settings, None, args), settings, args, None, precision_of(BF16, "bf16", False))

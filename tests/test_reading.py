@@ -1,5 +1,7 @@
 """Recipes as text: what a file and a command line may look like, where each value stands, and what dump writes."""
 
+from itertools import pairwise
+
 import pytest
 import yaml
 from hypothesis import given
@@ -48,6 +50,15 @@ FILES = [
     ("a: !!python/object:os.system x\n", "line 1: a: the tag"),
     ("a: !!int x\n", "line 1: a: 'x' is not a int"),
     ("a: &x [*x]\n", "within the value that it names"),
+    ("a: " + "[" * 250 + "]" * 250 + "\n", "more than 20 levels"),
+    ("a: " + "[" * 5000 + "]" * 5000 + "\n", "levels"),
+    (
+        "a: &a [1, 1]\n" + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 20)}]\n" for x, y in pairwise("abcdefghi")),
+        "more than 100,000 values",
+    ),
+    ('a: "\\ud800"\n', 'a: "\\\\ud800" is no text'),
+    ('"\\udfff": 1\n', "is no text"),
+    ("a: " + "9" * 5000 + "\n", "is not a int"),
 ]
 
 
@@ -57,6 +68,14 @@ def refusal(argv: list[str]) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_command_lines_of_a_stranger(tmp_path):
+    (tmp_path / "my.yaml").write_text(TEXT)
+    start = ["--config", str(tmp_path / "my.yaml")]
+    assert "no '9999" in (line := refusal([*start, "--datasets." + "9" * 5000 + ".path=x"])) and len(line) < 400
+    assert "no key has such a name" in refusal([*start, "--a\udc80b=1"])
+    assert "special characters" in refusal([*start, "--beta=\udc80"])
 
 
 @pytest.mark.parametrize(("argv", "words"), COMMAND_LINES)

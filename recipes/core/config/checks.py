@@ -1,14 +1,15 @@
 """What a recipe may not say at once, and what follows from what it says: preset, reference pass, batch arithmetic."""
 
 import importlib.util
+import math
 from typing import Any
 
 from core.config.entries import check_conversations, check_preferences
 from core.config.reading import Document
 from core.config.schema import DatasetEntry, EvaluateRecipe, PreferenceRecipe, Replay, SFTRecipe
 from core.config.trl_keys import DEFAULTS
-from core.objective.presets import PAIR_CLASSES, PRESETS, PROPORTIONAL, Margin
-from core.runtime.errors import RecipeError
+from core.objective.presets import PAIR_CLASSES, PAIR_METRICS, PRESETS, PROPORTIONAL, Margin
+from core.runtime.errors import RecipeError, first_line
 from core.runtime.text import did_you_mean, show
 
 Recipe = PreferenceRecipe | SFTRecipe | EvaluateRecipe
@@ -16,6 +17,10 @@ Given = dict[str, Any]  # the recipe's keys of TRL
 MARGIN_SETTINGS = ("a", "b", "k", "c", "phi", "link", "scaled", "p", "epsilon", "length_normalized", "reference_free")
 SAFETY = ("safe", "severity", "chosen_safe", "chosen_severity")
 SAFETY_WAY_OUT = "map safe, or chosen_safe and rejected_safe (a column, or true or false for all), or severities"
+# What torch.utils.checkpoint takes of what YAML can write; anything else would be handed on to each layer, unread.
+CHECKPOINTING = {"use_reentrant": bool, "preserve_rng_state": bool, "determinism_check": str, "debug": bool}
+CHECKPOINTING |= {"early_stop": bool}
+SFT_METRICS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss")  # of an evaluation by TRL
 LINK_KEYS = {"scaled": "squared", "p": "signed", "epsilon": "soft"}  # the one link that reads the key
 
 
@@ -43,6 +48,16 @@ def check_training(document: Document, recipe: Recipe, given: Given) -> None:
                 raise document.refuse((key,), "there is nothing to evaluate on; give eval_datasets, or remove it")
     if setting["load_best_model_at_end"] and setting["eval_strategy"] == "no":
         raise document.refuse(("load_best_model_at_end",), "needs eval_strategy: steps or epoch")
+    check_best(document, recipe, setting)
+    for key, value in (setting["gradient_checkpointing_kwargs"] or {}).items():
+        if not isinstance(value, CHECKPOINTING.get(key, ())):
+            known = ", ".join(f"{name} ({kind.__name__})" for name, kind in CHECKPOINTING.items())
+            raise document.refuse(
+                ("gradient_checkpointing_kwargs", key),
+                f"is not one of torch's: {known}{did_you_mean(key, CHECKPOINTING)}",
+            )
+    if setting["use_cpu"] and str(setting["attn_implementation"]).startswith("flash_attention"):
+        raise document.refuse(("attn_implementation",), "needs a GPU, and use_cpu is true; remove it")
     for tracker in [setting["report_to"]] if isinstance(setting["report_to"], str) else setting["report_to"]:
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise document.refuse(("report_to",), f"{tracker} is not installed; run `pip install {tracker}`")
@@ -83,6 +98,61 @@ def settle_lora_dropout(
     if "lora_dropout" not in model:
         model["lora_dropout"] = 0.0
         announcements.append(f"lora_dropout: 0, since {reason}")
+
+
+def check_best(document: Document, recipe: Recipe, setting: Given) -> None:
+    """What follows an evaluation's figures: the best checkpoint, and a learning rate that waits on a plateau."""
+    key, metric = "metric_for_best_model", setting["metric_for_best_model"]
+    users = {
+        "save_strategy: best": setting["save_strategy"] == "best",
+        "load_best_model_at_end: true": setting["load_best_model_at_end"],
+        "lr_scheduler_type: reduce_lr_on_plateau": setting["lr_scheduler_type"] == "reduce_lr_on_plateau",
+    }
+    for user, asked in users.items():
+        if asked and setting["eval_strategy"] == "no":
+            raise document.refuse(
+                (user.partition(":")[0],), f"{user.partition(': ')[2]} needs eval_strategy: steps or epoch; set it"
+            )
+    if setting["save_strategy"] == "best" and metric is None:
+        raise document.refuse(("save_strategy",), f"best needs {key}, e.g. {key}: loss")
+    if metric is None:
+        return
+    if not any(users.values()):
+        raise document.refuse((key,), f"has no effect without {' or '.join(users)}; set one, or remove it")
+    known = SFT_METRICS if isinstance(recipe, SFTRecipe) else PAIR_METRICS
+    if metric.removeprefix("eval_") not in known:
+        raise document.refuse(
+            (key,),
+            f"no evaluation here gives {show(metric)}; there are {', '.join(known)}{did_you_mean(metric, known)}",
+        )
+
+
+def check_schedule(path: str, args: Any) -> None:
+    """
+    Try the schedule of the learning rate, some of which take keyword arguments of their own.
+
+    Args:
+        path: the recipe's.
+        args: TRL's configuration.
+
+    Raises:
+        RecipeError: transformers cannot make it of lr_scheduler_kwargs.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    steps = args.max_steps if args.max_steps > 0 else 100
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    warmup, name = args.get_warmup_steps(steps), args.lr_scheduler_type.value
+    try:
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps, args.lr_scheduler_kwargs)
+        for factor in getattr(schedule, "lr_lambdas", []):
+            assert all(math.isfinite(factor(step)) for step in (0, warmup, steps // 2, steps)), "it is not finite"
+    except Exception as error:
+        raise RecipeError(
+            f"{path}: lr_scheduler_type {name} cannot be made of lr_scheduler_kwargs {args.lr_scheduler_kwargs}: "
+            f"{first_line(error)}; correct them"
+        ) from error
 
 
 def expand_preset(document: Document, recipe: Recipe, training: Given, announcements: list[str]) -> None:

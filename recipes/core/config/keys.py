@@ -144,7 +144,7 @@ def _words(schema: dict[str, Any]) -> str:
         inner = schema["additionalProperties"]
         return "mapping" if inner is True else f"mapping to {_words(inner)}"
     signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
-    bounds = " and ".join(f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema)
+    bounds = " and ".join(f"{sign} {schema[bound]:.10g}" for bound, sign in signs.items() if bound in schema)
     name = {"boolean": "true or false"}.get(schema["type"], schema["type"])
     return f"{name} {bounds}".strip()
 

@@ -13,6 +13,7 @@ import pydantic
 from core.config.checks import (
     Recipe,
     check_margin,
+    check_schedule,
     check_selection,
     check_sources,
     check_training,
@@ -177,8 +178,14 @@ def build(settings: Settings) -> Run:
     try:
         config = (SFTConfig if settings.kind == "sft" else DPOConfig)(**training, **internal)
         model = ModelConfig(**settings.model)
-    except (ValueError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OverflowError) as error:
         raise RecipeError(f"{settings.path}: {' '.join(str(error).split())}") from error
+    check_schedule(settings.path, config)
+    if config.n_gpu > 1:
+        raise RecipeError(
+            f"one process sees {config.n_gpu} GPUs; show it one (CUDA_VISIBLE_DEVICES=0), or launch one process for "
+            "each by accelerate_configs/ddp.yaml or zero3.yaml"
+        )
     # ModelConfig turns a list of one into a string, which PEFT reads as a pattern for the whole name: no match.
     model.lora_target_modules = settings.model.get("lora_target_modules")
     shared = {entry.name: getattr(settings, entry.name) for entry in dataclasses.fields(Resolved)}

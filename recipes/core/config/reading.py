@@ -1,5 +1,6 @@
 """A recipe's file and the command line as one mapping, in which every key knows the line that it came from."""
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any
 import yaml
 
 from core.runtime.errors import RecipeError
-from core.runtime.text import did_you_mean, show
+from core.runtime.text import did_you_mean, printable, shorten, show
 
 Keys = tuple[str | int, ...]  # the way to a value: ("datasets", 0, "path")
+DEEPEST, MOST_VALUES = 20, 100_000  # levels and values of a recipe; aliases may multiply the latter without end
 
 
 @dataclass
@@ -51,7 +53,9 @@ def read(argv: list[str]) -> Document:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise RecipeError(f"command line: --{key} is given twice; keep one")
+            raise RecipeError(f"command line: --{printable(key)} is given twice; keep one")
+        if printable(key) != key:
+            raise RecipeError(f"command line: --{shorten(printable(key))}: no key has such a name; write it anew")
     arguments = dict(pairs)
     if "config" not in arguments:
         raise RecipeError("command line: --config RECIPE.yaml is missing")
@@ -80,14 +84,25 @@ def load(text: str, name: str) -> tuple[Any, dict[Keys, str]]:
     def line(node: yaml.Node) -> str:
         return f"{name} line {node.start_mark.line + 1}"
 
+    built = itertools.count(1)
+
     def build(node: yaml.Node, keys: Keys) -> Any:
+        if len(keys) > DEEPEST:
+            problem = f"more than {DEEPEST} levels, or an alias (*name) stands within the value that it names"
+            raise RecipeError(f"{line(node)}: {dotted(keys[:1])}: {problem}")
+        if next(built) > MOST_VALUES:
+            raise RecipeError(f"{line(node)}: more than {MOST_VALUES:,} values, with what aliases (*name) repeat")
         if isinstance(node, yaml.ScalarNode):
             if (kind := node.tag.rpartition(":")[2]) not in SCALARS:
                 raise RecipeError(f"{line(node)}: {dotted(keys)}: the tag {node.tag} has no meaning in a recipe")
             try:
+                node.value.encode()
                 return SCALARS[kind](node.value)
+            except UnicodeEncodeError:
+                shown = show(printable(node.value))
+                raise RecipeError(f"{line(node)}: {dotted(keys)}: {shown} is no text; write it anew") from None
             except ValueError:
-                raise RecipeError(f"{line(node)}: {dotted(keys)}: {node.value!r} is not a {kind}") from None
+                raise RecipeError(f"{line(node)}: {dotted(keys)}: {shorten(node.value)!r} is not a {kind}") from None
         if isinstance(node, yaml.SequenceNode):
             values = []
             for index, child in enumerate(node.value):
@@ -115,7 +130,7 @@ def load(text: str, name: str) -> tuple[Any, dict[Keys, str]]:
     except yaml.YAMLError as error:
         raise RecipeError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
     except RecursionError:
-        raise RecipeError(f"{name}: an alias (*name) stands within the value that it names") from None
+        raise RecipeError(f"{name}: too many levels; no key of a recipe needs more than {DEEPEST}") from None
 
 
 def dump(values: dict[str, Any]) -> str:
@@ -183,13 +198,16 @@ def _override(document: Document, key: str, text: str) -> None:
     *above, last = key.split(".")
     for part in [*above, last]:
         if isinstance(container, list):
-            if not (part.isdecimal() and int(part) < len(container)):
+            if not (part.isdecimal() and len(part) < 10 and int(part) < len(container)):
                 raise RecipeError(
-                    f"command line: --{key}: {dotted(keys)} has {len(container)} entries, numbered from 0; no {part!r}"
+                    f"command line: --{shorten(key)}: {dotted(keys)} has {len(container)} entries, numbered from 0; "
+                    f"no {shorten(part)!r}"
                 )
             part = int(part)
         elif not isinstance(container, dict):
-            raise RecipeError(f"command line: --{key}: {dotted(keys)} is {show(container)}, which has no keys")
+            raise RecipeError(
+                f"command line: --{shorten(key)}: {dotted(keys)} is {show(container)}, which has no keys"
+            )
         keys.append(part)
         if len(keys) <= len(above):
             if isinstance(container, dict) and container.get(part) is None:

@@ -17,6 +17,7 @@ from core.config.schema import Count, NotNegative
 Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 NaturalNumber = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
 Strategy = Literal["no", "steps", "epoch"]
 Tracker = Literal["none", "wandb", "tensorboard"]
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
@@ -43,10 +44,11 @@ RANGES: dict[str, Any] = _each(
         "lora_r lora_alpha": Count,
         "save_total_limit dataset_num_proc dataloader_prefetch_factor ddp_bucket_cap_mb torch_empty_cache_steps "
         "precompute_ref_batch_size": Count | None,
-        "seed dataloader_num_workers": NaturalNumber,
-        "data_seed": NaturalNumber | None,
+        "dataloader_num_workers": NaturalNumber,
+        "seed": Seed,
+        "data_seed": Seed | None,
         "max_steps": Literal[-1] | Count,
-        "max_length": Annotated[int, Field(ge=2)] | None,
+        "max_length": Annotated[int, Field(ge=2, lt=2**31)] | None,
         "learning_rate beta num_train_epochs logging_steps save_steps adam_epsilon": Positive,
         "eval_steps neftune_noise_alpha": Positive | None,
         "weight_decay max_grad_norm eval_delay": NotNegative,

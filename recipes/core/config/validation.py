@@ -15,6 +15,8 @@ from core.config.trl_keys import REFUSED, RENAMED
 from core.runtime.errors import RecipeError
 from core.runtime.text import did_you_mean, show
 
+MOST_TOLD = 20  # faults of a recipe's keys; hundreds are another kind of file
+
 
 def check_keys(kind: Kind, document: Document) -> tuple[dict[str, Any], list[str]]:
     """
@@ -69,9 +71,13 @@ def _told(errors: list[dict[str, Any]], document: Document, kind: Kind) -> list[
     for error in errors:
         found.setdefault(_keys_of(error, document.values), []).append(error)
     lines = []
+    above = {keys[:level] for keys in found for level in range(1, len(keys))}
     for keys, items in found.items():
-        if any(other[: len(keys)] == keys for other in found if other != keys):
+        if keys in above:
             continue  # a union: what is wrong inside the list says more than that it is no string either
+        if len(lines) == MOST_TOLD:
+            lines.append(f"{document.path}: and {len(found) - MOST_TOLD:,} keys more that are wrong")
+            break
         kinds = {item["type"] for item in items}
         if kinds & {"extra_forbidden", "unexpected_keyword_argument"}:
             problem = f"unknown key{_nearest_key(keys, kind)}"

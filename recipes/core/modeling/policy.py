@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import (
+    deepspeed,
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
@@ -31,6 +32,7 @@ from core.modeling.dropout import disable_dropout
 from core.modeling.parameters import select_parameters
 from core.modeling.precision import (
     HALF,
+    Precision,
     asked_dtype,
     check_save_dtype,
     check_steps,
@@ -77,23 +79,27 @@ def load_policy(
 
 
 def check_learning(
-    loaded: PreTrainedModel, model: ModelConfig, args: TrainingArguments, save_dtype: str | None
+    causal_lm: PreTrainedModel,
+    model: ModelConfig,
+    args: TrainingArguments,
+    save_dtype: str | None,
+    precision: Precision,
 ) -> None:
     """
     Before the training: that its steps move what is trained, and that what it ends with can be saved.
 
+    Args:
+        causal_lm: what is trained of it is chosen; it needs no storage.
+
     Raises:
         RecipeError: one of the two is not so.
     """
-    masters = args.deepspeed_plugin is not None and args.mixed_precision != "no"
-    check_save_dtype(save_dtype, HALF[args.mixed_precision] if masters else None)
-    trained = {name for name, weight in loaded.named_parameters() if weight.requires_grad}
+    check_save_dtype(save_dtype, precision.trained if precision.masters else None)
+    trained = {name for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     first_rank_decides(lambda: check_steps(model, trained, args.learning_rate, args.optim))
     with tempfile.TemporaryDirectory() as folder:
         try:
-            loaded.config.save_pretrained(folder)
-            if loaded.generation_config is not None:
-                loaded.generation_config.save_pretrained(folder)
+            causal_lm.config.save_pretrained(folder)
         except (OSError, ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise RecipeError(f"model {model.model_name_or_path}: its config cannot be saved: {reason}") from error
@@ -213,15 +219,17 @@ def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
 
 
 @contextlib.contextmanager
-def loaded_whole(accelerator: Accelerator) -> Iterator[None]:
+def loaded_whole() -> Iterator[None]:
     """Load and use a model whole, on this rank alone: ZeRO-3 would split it over all, and wait for the others."""
-    plugin = accelerator.state.deepspeed_plugin
+    found = deepspeed._hf_deepspeed_config_weak_ref
+    config = None if found is None else found()
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        if plugin is not None:
-            set_hf_deepspeed_config(plugin.hf_ds_config)
+        if config is not None:
+            # The same object: one made anew from accelerate's plugin has no batch size before a trainer fills it in.
+            set_hf_deepspeed_config(config)
 
 
 def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
@@ -264,7 +272,7 @@ def verify_saved(
 
     def compare() -> float:
         advice = f"{folder}: the model lies there, but do not use it; a checkpoint in that folder is of before"
-        with loaded_whole(accelerator):
+        with loaded_whole():
             try:
                 if whole and adapter:
                     compared = get_peft_model_state_dict(trained), load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)

@@ -37,6 +37,12 @@ Preset = Literal[tuple(PRESETS)]
 
 # The index is a row's `pair_class`: chosen/rejected.
 PAIR_CLASSES = ("safe/safe", "safe/unsafe", "unsafe/safe", "unsafe/unsafe", "unlabelled")
+# Figures of every evaluation of pairs, beside those of a class or role (training/metrics.py).
+PAIR_METRICS = (
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "accuracy_helpful",
+    "accuracy_target", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected", "entropy",
+    "mean_token_accuracy",
+)  # fmt: skip
 
 
 @dataclass

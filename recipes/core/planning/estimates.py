@@ -5,16 +5,19 @@ import math
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
+from trl import DPOConfig, SFTConfig
 
 from core.config.parsing import Run
 from core.data.tokens import token_lengths
 from core.modeling.precision import Precision
+from core.modeling.skeleton import Skeleton
 from core.planning.disk import Saved, room_for, updates_in_all
 from core.planning.findings import Findings
 from core.planning.inspection import inspect_conversations, inspect_pairs
 from core.planning.memory import PROOF, Part, Work, phases, states
 from core.planning.memory_trace import FakeModel, MicroBatch, largest_micro_batch
 from core.reporting.tables import print_table
+from core.runtime.errors import first_line
 from core.runtime.launching import Launch
 from core.selection.pairs import Pairs
 from core.selection.replay import ReplaySampler
@@ -117,7 +120,7 @@ def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
 def inspect_memory(
     resolved: Run,
     launch: Launch,
-    model: FakeModel,
+    model: Skeleton,
     batch: MicroBatch | None,
     precision: Precision,
     limit: float | None,
@@ -137,15 +140,11 @@ def inspect_memory(
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
     )
     work = Work(launch, precision, args.optim, live)
-    kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
-    traced = model.trace(
-        batch,
-        checkpointing=kwargs if args.activation_checkpointing else None,
-        gradients_kept=not launch.zero_stage,
-        accumulates=args.gradient_accumulation_steps > 1,
-        autocast=precision.autocast and torch.bfloat16,  # of fp16's size, which no CPU trace computes in,
-    )
-    proof = model.trace_proof(batch.longest)
+    try:
+        traced, proof = trace(args, launch, model, batch, precision)
+    except Exception as error:  # of a model that torch cannot run without values; the run itself is none the worse
+        findings.note(f"memory: could not be traced: {first_line(error)}; the peak below is without activations")
+        traced = proof = 0
     lasting = states(model.total, model.trained, work)
     passing = phases(model.total, model.trained, traced, proof, work)
     largest = max((part for part in passing if not part.on_host), key=lambda part: part.bytes)
@@ -173,8 +172,24 @@ def inspect_memory(
         )
 
 
+def trace(
+    args: DPOConfig | SFTConfig, launch: Launch, model: Skeleton, batch: MicroBatch, precision: Precision
+) -> tuple[int, int]:
+    """Bytes of the largest micro-batch, and of the proof of what was saved; the skeleton is of no use after it."""
+    fake = FakeModel(model)
+    kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
+    traced = fake.trace(
+        batch,
+        checkpointing=kwargs if args.activation_checkpointing else None,
+        gradients_kept=not launch.zero_stage,
+        accumulates=args.gradient_accumulation_steps > 1,
+        autocast=precision.autocast and torch.bfloat16,  # of fp16's size, which no CPU trace computes in,
+    )
+    return traced, fake.trace_proof(batch.longest)
+
+
 def inspect_disk(
-    resolved: Run, launch: Launch, model: FakeModel, precision: Precision, steps: int, findings: Findings
+    resolved: Run, launch: Launch, model: Skeleton, precision: Precision, steps: int, findings: Findings
 ) -> None:
     """What checkpoints and weights take, against what is free."""
     saved = Saved(

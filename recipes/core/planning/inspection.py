@@ -7,26 +7,22 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from core.config.entries import place
 from core.config.parsing import Run
 from core.config.schema import DatasetEntry
 from core.data.preferences import load_conversations, load_preferences, oddities
-from core.data.tokens import lead_with, load_tokenizer, render, token_lengths
-from core.modeling.policy import check_config, mend_generation
-from core.modeling.precision import Precision, check_save_dtype, check_steps
+from core.data.tokens import lead_with, render, token_lengths
 from core.objective.margins import first_losses
 from core.planning.findings import Findings
-from core.planning.memory_trace import FakeModel
 from core.reporting.results import show_selection
 from core.reporting.tables import number, print_table
-from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.network import hub_is_off, hub_is_reachable
 from core.selection.buffer import REFERENCE_GAPS, refuse_overlap
 from core.selection.pairs import Pairs, prepare_pairs
-from core.training.session import check_models
+from core.training.session import Opened, check_models, open_model
 from core.training.tracking import why_wandb_is_offline
 
 SHOWN_CHARACTERS = 1200  # of each part of a pair
@@ -45,39 +41,21 @@ def show_network(resolved: Run) -> None:
         print(f"wandb: WANDB_MODE={mode}" if mode else f"wandb: {'offline, ' + reason if reason else 'online'}")
 
 
-def open_model(resolved: Run, findings: Findings) -> tuple[PretrainedConfig | None, PreTrainedTokenizerBase | None]:
-    """The model's config and its tokenizer, each None where it cannot be had."""
-    model, recipe, path = resolved.model, resolved.recipe, resolved.model.model_name_or_path
+def inspect_model(resolved: Run, mixed: str, deepspeed: bool, findings: Findings) -> Opened:
+    """`session.open_model`, whose refusals are told; `mixed` and `deepspeed` are the launch's."""
+    path = resolved.model.model_name_or_path
     try:
         check_models(resolved)
     except RecipeError as error:
         findings.fault(str(error))
-        return None, None
-    config = findings.attempt(loading.model_config, path, model.model_revision)
+        return Opened(None, None, None, None)
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
-    tokenizer = findings.attempt(load_tokenizer, resolved.model, recipe)
-    if config is not None and tokenizer is not None:
-        findings.attempt(check_config, config, tokenizer, resolved.training)
-    return config, tokenizer
-
-
-def inspect_learning(resolved: Run, precision: Precision, model: FakeModel | None, findings: Findings) -> None:
-    """Whether the steps move what is trained, and whether what the run ends with can be saved, as the run asks it."""
-    settings, args = resolved.model, resolved.training
-    findings.attempt(check_save_dtype, resolved.recipe.save_dtype, precision.trained if precision.masters else None)
-    folder = settings.model_name_or_path
-    try:
-        generation = loading.generation_config(folder, settings.model_revision)
-    except RecipeError as error:
-        generation = None
-        findings.fault(str(error))
-    if note := findings.attempt(mend_generation, generation, folder):
-        findings.note(note)
-    if model is not None:
-        names = {name for name, weight in model.causal_lm.named_parameters() if weight.requires_grad}
-        findings.attempt(check_steps, settings, names, args.learning_rate, args.optim)
+    opened = open_model(resolved, mixed, deepspeed, findings.attempt)
+    if opened.note:
+        findings.note(opened.note)
+    return opened
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -8,25 +8,32 @@ shared prefixes and the head's tiles count as they are. Attention and head are t
 not measured. memory.py has what stays between two micro-batches, and how the sum compares with what runs took.
 """
 
+import logging
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-from peft import get_peft_model
+from peft import PeftModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from trl import ModelConfig
+from transformers.integrations import moe
 from trl.trainer.utils import add_fused_lm_head
 
 from core.modeling.head import AnswerLogProbs
-from core.modeling.parameters import count_parameters, lora_config, select_parameters
-from core.modeling.precision import Precision, asked_dtype, hold
 from core.modeling.prefix import HEAD_OUTPUTS, enable_prefix_sharing, hidden_states
+from core.modeling.skeleton import Skeleton
+
+# torch's grouped product of a mixture of experts knows bfloat16 alone where there are no values; transformers has one
+# of its own, of the same shapes.
+EXPERTS = patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+LONGEST_SECONDS = 120.0
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what it says is raised as well
 
 
 @dataclass(frozen=True)
@@ -49,42 +56,22 @@ class MicroBatch:
 
 class FakeModel:
     """
-    The policy as the run would have it, without storage: parameters chosen, adapters added, attention and head set.
-
-    Args:
-        config: of the model.
-        model: the recipe's model settings.
-        patterns: the recipe's trainable_parameters.
-        precision: of the run; None: all in the model's dtype.
-
-    Raises:
-        RecipeError: a pattern that matches no parameter.
+    The policy as the run would have it (`skeleton.choose`), its tensors turned into ones without storage that are of
+    the CPU for all that torch can see: on the meta device sdpa would keep all its weights, which no kernel that trains
+    does.
     """
 
-    def __init__(
-        self,
-        config: PretrainedConfig,
-        model: ModelConfig,
-        patterns: list[str] | None,
-        precision: Precision | None = None,
-    ) -> None:
-        dtype = asked_dtype(model, config) if precision is None else precision.frozen
-        with torch.device("meta"):
-            self.causal_lm: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
-            select_parameters(self.causal_lm, None if model.use_peft else patterns)
-            adapters = lora_config(model, patterns, self.causal_lm)
-            self.policy = self.causal_lm if adapters is None else get_peft_model(self.causal_lm, adapters)
-            if precision is not None:
-                hold(self.policy, precision, frozen=False)
-        self.trained, self.total = count_parameters(self.policy)
-        # On the meta device sdpa would keep all its weights, which no kernel that trains does. So the tensors become
-        # ones without storage that are of the CPU for all that torch can see.
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.causal_lm, self.policy = skeleton.causal_lm, skeleton.policy
+        self.trained, self.total = skeleton.trained, skeleton.total
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         with self.mode:
             self.policy.to_empty(device="cpu")
         self.causal_lm.tie_weights()
+        for module in self.causal_lm.modules():
+            # Rotary embeddings that look at the longest position, a value; what they take of the memory is the same.
+            if getattr(module, "rope_type", None) in ("dynamic", "longrope"):
+                module.rope_type = "default"
 
     def trace(
         self,
@@ -107,11 +94,11 @@ class FakeModel:
         """
         weights = [weight for weight in self.policy.parameters() if weight.requires_grad]
         alive = LiveBytes(self.policy)
-        with self.mode, torch.device("cpu"):
+        with self.mode, torch.device("cpu"), EXPERTS:
             self.policy.train()
             if checkpointing is not None:
                 self.policy.activation_checkpointing_enable(checkpointing)
-                if hasattr(self.policy, "peft_config"):
+                if isinstance(self.policy, PeftModel):
                     self.policy.enable_input_require_grads()
             handles = []
             if not gradients_kept:
@@ -133,7 +120,7 @@ class FakeModel:
     def trace_proof(self, length: int) -> int:
         """Most bytes alive while a row of this length is scored (`policy.verify_saved`), beyond the weights."""
         alive = LiveBytes(self.policy)
-        with self.mode, torch.device("cpu"), torch.no_grad(), alive:
+        with self.mode, torch.device("cpu"), EXPERTS, torch.no_grad(), alive:
             self.policy.eval()
             logits = self.policy(input_ids=torch.zeros(1, length, dtype=torch.long), use_cache=False).logits
             logits[0, :-1].float().log_softmax(-1)
@@ -144,7 +131,11 @@ class FakeModel:
         if not batch.pair_lengths:
             add_fused_lm_head(self.causal_lm, outputs=HEAD_OUTPUTS)
             ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
-            mask = torch.ones(batch.rows, 1, batch.length, batch.length, dtype=torch.bool)  # as transformers builds it
+            mask = None  # a state-space model's is of the rows' padding alone
+            if not getattr(self.causal_lm, "_is_stateful", False):
+                mask = torch.ones(
+                    batch.rows, 1, batch.length, batch.length, dtype=torch.bool
+                )  # as transformers builds it
             outputs = self.policy(input_ids=ids, attention_mask=mask, labels=ids, fused_lm_head=True, use_cache=False)
             return outputs.log_probs
         enable_prefix_sharing(self.causal_lm)
@@ -162,10 +153,13 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self.until = time.monotonic() + LONGEST_SECONDS
         tensors = [*model.parameters(), *model.buffers()]
         self.alive: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in tensors}  # not counted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if time.monotonic() > self.until:
+            raise TimeoutError(f"it took longer than {LONGEST_SECONDS} s")  # a loop over tokens, written in Python
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):

@@ -222,10 +222,14 @@ def _batch(recipe: dict[str, Any], world_size: int | None) -> str | None:
 
 def _results(folder: Path) -> tuple[list[str], Rows] | None:
     """What an evaluation of the run's own (results.json: measure → before and after) has found, if there was one."""
-    results = _read_json(folder / "results.json") or {}
+    try:
+        results = _read_json(folder / "results.json") or {}
+    except ValueError as error:
+        results = {}
+        print(f"note: {folder / 'results.json'} is no JSON ({error}), so the card leaves it out", flush=True)
     rows = [
         [name.replace("_", " "), number(values["before"]), number(values["after"])]
-        for name, values in results.items()
+        for name, values in (results.items() if isinstance(results, dict) else ())
         if isinstance(values, dict) and {"before", "after"} <= values.keys()
     ]
     return ["Measure", "Before", "After"], rows

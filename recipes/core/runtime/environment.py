@@ -36,6 +36,7 @@ def prepare_environment() -> None:
         # Threads that wait for each other spin, for long where there are as many as cores; if another process has one
         # of the cores, a step of 0.12 s took 3 s. So short a spin costs nothing on a quiet machine.
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    take_one_gpu()
     if "LOCAL_WORLD_SIZE" in os.environ:
         # Every process would take all cores: eight steps took 15.5 s instead of 0.6 s on a busy machine.
         share = len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])
@@ -50,6 +51,20 @@ def prepare_environment() -> None:
         # If the launcher is killed, this process would train on unseen. It gets SIGTERM instead, on which it saves
         # and stops.
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
+
+
+def take_one_gpu() -> None:
+    """Hide all GPUs but the first from a process that is alone: transformers would use them all by nn.DataParallel."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        count = len([path for path in Path("/dev").glob("nvidia*") if path.name[len("nvidia") :].isdigit()])
+        visible = ",".join(map(str, range(count)))
+    first, _, others = visible.partition(",")
+    if others:
+        os.environ["CUDA_VISIBLE_DEVICES"] = first
+        print(f"note: one process uses one GPU, number {first} of {visible}; for more take another launch config")
 
 
 def _leave_on_signal() -> None:

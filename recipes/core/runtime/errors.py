@@ -5,8 +5,10 @@ import functools
 import os
 import socket
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -39,8 +41,8 @@ class RecipeError(ValueError):
 
 def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
     """
-    Turn a `RecipeError`, or a full disk, into one line on stderr and exit code 2, Ctrl-C into a line, and `SystemExit`
-    into its code; every other exception stays a traceback.
+    Turn a `RecipeError`, or a disk that fails, into one line on stderr and exit code 2, Ctrl-C into a line, and
+    `SystemExit` into its code; every other exception into a line with the file that holds its traceback, and 1.
     """
 
     @functools.wraps(main)
@@ -53,12 +55,13 @@ def exits_cleanly(main: Callable[[], None]) -> Callable[[], None]:
             print("stopped by Ctrl-C", file=sys.stderr, flush=True)
             leave(INTERRUPTED)
         except Exception as error:
-            told = error if isinstance(error, RecipeError) else full_disk(error)
+            told = error if isinstance(error, RecipeError) else full_disk(error) or lost_file(error)
             if told is None:
+                print(f"error: {unexpected(error)}", file=sys.stderr, flush=True)
                 if "RANK" in os.environ and any(name in str(error) for name in ("gloo", "NCCL", "Connection ")):
                     connection_broke.set()
                     time.sleep(20)  # `watch.Watch` tells in the meantime which rank is gone, and ends this one
-                raise
+                leave(1)
             if told.everywhere and os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(1)  # or the launcher might end the rank that prints it before it has
             else:
@@ -96,3 +99,27 @@ def full_disk(error: Exception) -> RecipeError | None:
     return RecipeError(
         f"a disk of {socket.gethostname()} is full ({line}); make room and go on by resume_from_checkpoint: auto"
     )
+
+
+def lost_file(error: Exception) -> RecipeError | None:
+    """What to tell of a file or folder that was taken away, renamed or locked meanwhile, None of all else."""
+    lost = isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError)
+    if not (lost or getattr(error, "errno", None) in (errno.EROFS, errno.ESTALE, errno.EIO)) or not error.filename:
+        return None
+    return RecipeError(
+        f"{error.filename} cannot be read or written on {socket.gethostname()} ({error.strerror}); put it back or "
+        "mend the access to it, then go on by resume_from_checkpoint: auto"
+    )
+
+
+def unexpected(error: Exception) -> str:
+    """A line for what nobody foresaw, naming the file in which its traceback was left."""
+    prefix = f"traceback-{socket.gethostname()}-rank{os.environ.get('RANK', 0)}-"
+    with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".log", delete=False, encoding="utf-8") as log:
+        log.write("".join(traceback.format_exception(error)))
+    return f"{type(error).__name__}: {first_line(error)}; nobody foresaw this: please report it with {log.name}"
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -7,7 +7,6 @@ import os
 import socket
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from core.runtime.errors import RecipeError, full_disk
+from core.runtime.errors import RecipeError, first_line, full_disk, lost_file, unexpected
 from core.runtime.text import flatten
 
 Result = TypeVar("Result")
@@ -78,7 +77,7 @@ def join_processes(timeout: float = 1800.0, fault: str | None = None) -> None:
     except (OSError, RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         raise RecipeError(
             f"rank {rank()} of {world_size()} on {socket.gethostname()} could not join the others at "
-            f"{master}:{os.environ.get('MASTER_PORT')}: {_first_line(error)}. Check that every node was started with "
+            f"{master}:{os.environ.get('MASTER_PORT')}: {first_line(error)}. Check that every node was started with "
             "the same number of machines and processes and can reach that address"
         ) from error
 
@@ -128,10 +127,8 @@ def first_rank_decides(function: Callable[[], Result]) -> Result:
         try:
             outcome = ["result", function()]
         except Exception as error:
-            told = error if isinstance(error, RecipeError) else full_disk(error)
-            if told is None:
-                traceback.print_exc()
-            outcome = ["refused", str(told or f"rank 0 failed: {type(error).__name__}: {_first_line(error)}")]
+            told = error if isinstance(error, RecipeError) else full_disk(error) or lost_file(error)
+            outcome = ["refused", str(told or f"rank 0 failed: {unexpected(error)}")]
     dist.broadcast_object_list(outcome, src=0)
     kind, value = outcome
     if kind == "refused":
@@ -226,10 +223,6 @@ def check_shared_folder(folder: str | Path) -> None:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _interface_towards(host: str) -> str:

@@ -29,7 +29,10 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def show(value: Any) -> str:
     """A value as an error message shows it, on one line."""
-    text = json.dumps(value, ensure_ascii=False)
+    return shorten(json.dumps(value, ensure_ascii=False))
+
+
+def shorten(text: str) -> str:
     return text if len(text) <= 60 else text[:59] + "…"
 
 

@@ -1,8 +1,10 @@
 """The opening of a run, the same for every script: recipe, network, ranks, model path and output folder."""
 
 import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from core.config.parsing import Run, Settings, build, resolve, save_recipe
 from core.config.schema import Kind
@@ -16,7 +18,20 @@ from core.runtime.text import without_secrets
 from core.training.tracking import start_wandb
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from core.modeling.precision import Precision
+    from core.modeling.skeleton import Skeleton
     from core.selection.audit import Audit
+
+
+class Opened(NamedTuple):
+    """What is known of the model before its weights are read; None: what it takes was refused (check.py goes on)."""
+
+    skeleton: "Skeleton | None"
+    tokenizer: "PreTrainedTokenizerBase | None"
+    precision: "Precision | None"
+    note: str | None  # what loading would mend
 
 
 def open_run(kind: Kind) -> Run:
@@ -71,6 +86,55 @@ def check_models(settings: Settings) -> None:
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
     if settings.kind == "evaluate" and values.get("reference_model"):
         first_rank_decides(lambda: check_model_path(values["reference_model"]))
+
+
+def open_model(
+    resolved: Run,
+    mixed: str | None = None,
+    deepspeed: bool | None = None,
+    attempt: Callable[..., Any] = lambda step, *arguments: step(*arguments),
+) -> "Opened":
+    """
+    All that can be known of the model before its weights are read: what a run refuses here, and `check.py` tells.
+
+    Args:
+        resolved: the recipe; its model is there (`check_models`).
+        mixed, deepspeed: the launch, for `precision_of`; None: the one that this process is part of.
+        attempt: calls a step with its arguments. A run stops at the first that refuses; of `check.py`, which collects,
+            such a step gives None, and what needs it is left out.
+
+    Raises:
+        RecipeError: as the steps do.
+    """
+    from core.data.tokens import load_tokenizer
+    from core.modeling import skeleton
+    from core.modeling.policy import check_config, check_learning, stored_config
+    from core.modeling.precision import asked_dtype, precision_of
+
+    model, recipe, args = resolved.model, resolved.recipe, resolved.training
+    patterns, path, trains = recipe.trainable_parameters, model.model_name_or_path, resolved.kind != "evaluate"
+    if not trains:  # what a run has saved, of which an adapter is no start of another
+        model, patterns = replace(model, use_peft=False), None
+    config = attempt(stored_config, model)
+    if config is None:  # which the tokenizer reads too
+        return Opened(None, None, None, None)
+    tokenizer = attempt(load_tokenizer, model, recipe)
+    mixed = args.mixed_precision if mixed is None else mixed
+    deepspeed = args.deepspeed_plugin is not None if deepspeed is None else deepspeed
+    precision = precision_of(asked_dtype(model, config), mixed, deepspeed)
+    attempt(skeleton.check_stored, config, path)
+    note = attempt(skeleton.check_generation, model)
+    if tokenizer is not None:
+        attempt(check_config, config, tokenizer, args)
+    causal_lm = attempt(skeleton.build_empty, config, model, precision)
+    if causal_lm is None:
+        return Opened(None, tokenizer, precision, note)
+    attempt(skeleton.check_positions, causal_lm, args.max_length, path)
+    chosen = attempt(skeleton.choose, causal_lm, model, patterns, precision)
+    if chosen is not None and trains:
+        attempt(skeleton.check_trains, chosen, args, path)
+        attempt(check_learning, causal_lm, model, args, recipe.save_dtype, precision)
+    return Opened(chosen, tokenizer, precision, note)
 
 
 def claim_folder(settings: Settings, only_look: bool = False) -> None:
