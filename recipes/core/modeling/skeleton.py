@@ -5,7 +5,6 @@ out before it reads a row, and `check.py` does the same, so that what either ref
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,16 +12,15 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 from trl import ModelConfig
 
 from core.modeling.parameters import count_parameters, lora_config, select_parameters
 from core.modeling.policy import adapted_model, loaded_whole, mend_generation
 from core.modeling.precision import Precision, hold
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 
 SHOWN = 3  # names in a message
@@ -63,16 +61,7 @@ def check_generation(model: ModelConfig) -> str | None:
     path, revision = model.model_name_or_path, model.model_revision
     while (base := adapted_model(path)) is not None:
         path, revision = base, None
-    try:
-        return mend_generation(GenerationConfig.from_pretrained(path, revision=revision), path)
-    except RecipeError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and not (Path(path) / GENERATION_CONFIG_NAME).exists():
-            return None  # many models have none
-        raise RecipeError(
-            f"model {path}: {GENERATION_CONFIG_NAME} is invalid: {_line(error)}; mend that file"
-        ) from error
+    return mend_generation(loading.generation_config(path, revision), path)
 
 
 def build_empty(config: PretrainedConfig, model: ModelConfig, precision: Precision) -> PreTrainedModel:

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, GENERATION_CONFIG_NAME
 
 from core.runtime.errors import RecipeError, full_disk
 from core.runtime.ranks import rank
@@ -79,6 +79,8 @@ def generation_config(path: str, revision: str | None = None) -> GenerationConfi
         try:
             return GenerationConfig.from_pretrained(path, revision=revision)
         except OSError:
+            if (Path(path) / GENERATION_CONFIG_NAME).is_file():
+                raise
             return None
 
 
