@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig
 from trl import ModelConfig
@@ -216,7 +216,13 @@ def stored_weights(source: str, revision: str | None = None) -> Iterator[tuple[s
         return
     for path in files:
         if path.is_file():
-            with safe_open(path, "pt") as file:
+            try:
+                opened = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise RecipeError(
+                    f"model {source} cannot be loaded: {path.name}: {error}; mend that folder, or give another model"
+                ) from error
+            with opened as file:
                 for name in file.keys():
                     yield name, file
 
