@@ -209,7 +209,7 @@ def evaluation_rows_that_are_trained_on(recipe, tmp_path):
         (change("use_cpu", False), (), "use_cpu: true needs it in the recipe as well"),
         (change("bf16", False), ("--gpu_memory", "0.000001"), "memory: each process needs about"),
         (change("learning_rate", 1e-10), (), "learning_rate 1e-10: one step of it can move"),
-        (generation_that_cannot_be_loaded, (), "generation_config.json cannot be loaded"),
+        (generation_that_cannot_be_loaded, (), "generation_config.json is invalid"),
         (change("fp16", True), ("--bf16", "true"), "fp16 is true as well; keep one"),
     ],
     ids=lambda value: None if isinstance(value, tuple) else getattr(value, "__name__", None),

@@ -75,13 +75,13 @@ def generation_config(path: str, revision: str | None = None) -> GenerationConfi
     Raises:
         RecipeError: they cannot be read.
     """
-    with _of_strangers(f"model {path}: its generation_config.json", "mend it"):
-        try:
-            return GenerationConfig.from_pretrained(path, revision=revision)
-        except OSError:
-            if (Path(path) / GENERATION_CONFIG_NAME).is_file():
-                raise
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision)
+    except Exception as error:  # transformers answers a file that it did not expect in all ways
+        if isinstance(error, OSError) and not (Path(path) / GENERATION_CONFIG_NAME).is_file():
             return None
+        told = printable(" ".join(str(error).split()))
+        raise RecipeError(f"model {path}: {GENERATION_CONFIG_NAME} is invalid: {told}; mend that file") from error
 
 
 def causal_lm(path: str, **options: Any) -> PreTrainedModel:
