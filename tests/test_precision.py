@@ -249,6 +249,21 @@ def test_moves_by_hand(half_folder):
     assert (found.known, found.moved, found.given_back) == (4096, 2, 1)
 
 
+def test_weights_that_rounding_would_hide_are_proven_too(half_folder, tmp_path):
+    """Training sees float32 weights in two parts, a loaded model's autocast does not: the proof asks both alike."""
+    trainer = trainer_of(tmp_path, half_folder, max_steps=1, learning_rate=1e-9)
+    trainer.train()
+    two_part = [module for module in trainer.model.modules() if type(module) is TwoPartLinear]
+    assert len(two_part) == 14  # seven in each of two layers
+    with torch.no_grad():
+        for module in two_part:
+            module.weight.mul_(1 + 2**-10)  # less than half a step of bfloat16's grid
+    trainer.save_model()
+    differs = verify_saved(str(tmp_path / "run"), trainer.begun_from, trainer.model, trainer.accelerator, [[5, 9, 7]])
+    assert differs == 0
+    assert all(type(module) is TwoPartLinear for module in two_part)
+
+
 def test_an_adapter_is_proven_alone(half_folder, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, half_folder, lora=LORA, max_steps=1)
     trainer.train()

@@ -200,6 +200,13 @@ def save_model(model, folder: Path, recipe: dict[str, Any]) -> None:
     recipe["model_name_or_path"] = str(folder)
 
 
+def torn_weights(recipe: dict[str, Any], folder: Path, workspace: Path) -> None:
+    shutil.copytree(recipe["model_name_or_path"], folder / "torn")
+    weights = folder / "torn" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:999])
+    recipe["model_name_or_path"] = str(folder / "torn")
+
+
 def broken_run(text: str) -> Change:
     def apply(recipe: dict[str, Any], folder: Path, workspace: Path) -> None:
         (folder / "out").mkdir()
@@ -211,10 +218,11 @@ def broken_run(text: str) -> Change:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "generation config": (
-        model_file("generation_config.json", lambda there: {"max_new_tokens": -3}), "generation_config.json is invalid"
+        model_file("generation_config.json", lambda there: {"max_new_tokens": -3}),
+        "generation_config.json cannot be loaded",
     ),
     "broken generation config": (
-        model_file("generation_config.json", lambda there: "{"), "generation_config.json is invalid"
+        model_file("generation_config.json", lambda there: "{"), "generation_config.json cannot be loaded"
     ),
     "config of a list": (model_file("config.json", lambda there: []), "its config cannot be loaded"),
     "config of nothing": (model_file("config.json", lambda there: ""), "its config cannot be loaded"),
@@ -231,6 +239,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         model_file("config.json", lambda there: there | {"quantization_config": {"quant_method": "bitsandbytes"}}),
         "its weights are quantised",
     ),
+    "torn weights": (torn_weights, "cannot be loaded: .*header"),
     "smaller vocabulary": (
         model_file("config.json", lambda there: there | {"vocab_size": 300}),
         "the tokenizer has 320 tokens and the model 300",

@@ -37,6 +37,7 @@ from core.modeling.precision import (
     check_save_dtype,
     check_steps,
     hold,
+    in_one_part,
     precision_of,
     stored_dtype,
 )
@@ -318,7 +319,7 @@ def _row_logps(
     sums = []
     for row in rows:
         ids = torch.tensor([row], device=device)
-        with torch.autocast(device.type, dtype=mixed, enabled=mixed is not None):
+        with in_one_part(model), torch.autocast(device.type, dtype=mixed, enabled=mixed is not None):
             logits = model(input_ids=ids, use_cache=False).logits
         sums.append(logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
         del logits

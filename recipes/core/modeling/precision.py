@@ -15,6 +15,7 @@ in 16 bits begins on their grid, and until a weight has moved half a step of the
 in two parts (`TwoPartLinear`). DeepSpeed keeps the remainder to itself: there the forward sees a move late.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -113,6 +114,19 @@ class TwoPartLinear(nn.Linear):
         with torch.autocast(device, enabled=False):
             dtype = torch.get_autocast_dtype(device)
             return _TwoParts.apply(inputs.to(dtype), self.weight, None if self.bias is None else self.bias.to(dtype))
+
+
+@contextlib.contextmanager
+def in_one_part(model: nn.Module) -> Iterator[None]:
+    """The forward that a model loaded anew has: its linear layers are plain, whatever training has made of them."""
+    layers = [module for module in model.modules() if type(module) is TwoPartLinear]
+    for layer in layers:
+        layer.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = TwoPartLinear
 
 
 class _TwoParts(torch.autograd.Function):

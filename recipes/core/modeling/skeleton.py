@@ -98,7 +98,7 @@ def choose(
     with torch.device("meta"):
         if adapters is not None:
             policy = get_peft_model(causal_lm, adapters)
-        hold(policy, precision, frozen=False)
+        hold(policy, precision, frozen=adapters is None)  # as `policy.load_policy` does
     return Skeleton(causal_lm, policy, *count_parameters(policy))
 
 
