@@ -219,10 +219,10 @@ def broken_run(text: str) -> Change:
 REFUSED: dict[str, tuple[Change, str]] = {
     "generation config": (
         model_file("generation_config.json", lambda there: {"max_new_tokens": -3}),
-        "generation_config.json cannot be loaded",
+        "generation_config.json is invalid",
     ),
     "broken generation config": (
-        model_file("generation_config.json", lambda there: "{"), "generation_config.json cannot be loaded"
+        model_file("generation_config.json", lambda there: "{"), "generation_config.json is invalid"
     ),
     "config of a list": (model_file("config.json", lambda there: []), "its config cannot be loaded"),
     "config of nothing": (model_file("config.json", lambda there: ""), "its config cannot be loaded"),
