@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from architectures import ARCHITECTURES, build_architecture, save_architecture
 from core.config.parsing import parse
 from core.runtime.errors import RecipeError
-from processes import CONFIGS, ROOT, exit_codes, forget_the_parents_group, in_fork, start_ranks
+from processes import CONFIGS, ROOT, exit_codes, script_says, start_ranks
 
 QUESTION, CHOSEN, REJECTED = "How do I bake bread?", "Mix, knead and wait.", "Buy it from a baker."
 
@@ -58,16 +58,9 @@ def recipe_of(workspace: Path, model: Path, output: Path) -> dict[str, Any]:
 
 
 def start(script: str, *arguments: str) -> tuple[int, str, str]:
-    import core.planning.estimates
-    import core.training.trainer  # noqa: F401 (here, so that the forks share it)
+    import core.planning.estimates  # noqa: F401 (here, so that the forks share it)
 
-    def work() -> None:
-        torch.set_num_threads(1)
-        forget_the_parents_group()
-        sys.argv = [script, *arguments]
-        runpy.run_path(str(ROOT / "recipes" / script), run_name="__main__")
-
-    return in_fork(work)
+    return script_says(script, [*arguments])
 
 
 def verdicts(recipe: dict[str, Any], folder: Path, launch: str = "cpu", *overrides: str) -> tuple[str, str]:
