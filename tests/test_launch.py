@@ -104,7 +104,7 @@ def test_a_recipe_says_which_script_it_is_for(name, text, stage, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
     assert stage_of(tmp_path / name) == stage
-    words = ["make", "-n", "train", f"PYTHON={sys.executable}", f"RECIPE={tmp_path / name}"]
+    words = ["make", "--no-print-directory", "-n", "train", f"PYTHON={sys.executable}", f"RECIPE={tmp_path / name}"]
     assert f" recipes/{stage}.py --config {tmp_path / name}" in subprocess.check_output(words, cwd=ROOT, text=True)
 
 
@@ -118,7 +118,8 @@ def test_every_recipe_here_says_it_by_a_key():
 
 def test_a_variable_in_small_letters_is_refused():
     """make would say nothing of it, and train the quickstart."""
-    done = subprocess.run(["make", "-n", "train", "recipe=my.yaml"], cwd=ROOT, capture_output=True, text=True)
+    words = ["make", "--no-print-directory", "-n", "train", "recipe=my.yaml"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "in capitals: RECIPE=… instead of recipe=…" in done.stderr and not done.stdout
 
 
