@@ -54,6 +54,7 @@ def main() -> None:
     # TRL and transformers take seconds to import: a misspelt key is told before where it is all.
     import datasets
 
+    from core.modeling.padding_free import omits_padding
     from core.modeling.policy import share_prefixes
     from core.planning import estimates, inspection
     from core.training.checkpoints import check_fits, checkpoint_to_resume
@@ -74,10 +75,13 @@ def main() -> None:
     model, tokenizer, precision, _ = inspection.inspect_model(resolved, mixed, deepspeed, findings)
 
     # ---------------------------------------------------------------- rows, batch, steps
-    shared = False
-    if model is not None and kind == "dpo":
-        shared = share_prefixes(recipe.prefix_sharing, model.policy, resolved.training.max_length)
-    steps, largest = estimates.inspect_rows(resolved, launch, tokenizer, shared, findings)
+    end_to_end = False
+    if model is not None:
+        if kind == "sft":
+            end_to_end = omits_padding(recipe.padding_free, model.policy, args)
+        else:
+            end_to_end = share_prefixes(recipe.prefix_sharing, model.policy, args.max_length)
+    steps, largest = estimates.inspect_rows(resolved, launch, tokenizer, end_to_end, findings)
 
     # ---------------------------------------------------------------- memory and disk
     if model is None:
@@ -85,7 +89,7 @@ def main() -> None:
         leave(findings)
     if largest is None:
         findings.note("rows without tokens: memory is estimated as if every one filled max_length")
-        largest = estimates.worst_micro_batch(resolved, shared)
+        largest = estimates.worst_micro_batch(resolved, end_to_end)
     limit = options.gpu_memory and options.gpu_memory * OF_NOMINAL * 2**30
     estimates.inspect_memory(resolved, launch, model, largest, precision, limit, findings)
     estimates.inspect_disk(resolved, launch, model, precision, steps, findings)

@@ -21,6 +21,7 @@ def main() -> None:
     from core.data.chat_template import template_errors
     from core.data.preferences import load_conversations
     from core.data.tokens import ids_digest, lead_with
+    from core.modeling.padding_free import omits_padding
     from core.modeling.parameters import lora_config
     from core.modeling.policy import load_policy, verify_saved
     from core.planning.disk import check_room
@@ -55,6 +56,7 @@ def main() -> None:
             train_dataset=train,
             eval_dataset=held_out,
             processing_class=tokenizer,
+            omits_padding=omits_padding(recipe.padding_free, model, args),
             peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
             callbacks=[stop],
         )

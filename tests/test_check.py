@@ -287,6 +287,26 @@ def test_a_recipe_of_the_sft_stage(recipe, checked, tmp_path):
     assert "Parameters: 39,072, of which 4,096" in text
 
 
+@pytest.mark.parametrize("padding_free", [True, False])
+def test_the_largest_micro_batch_of_conversations(padding_free, recipe, checked, tmp_path, tokenizer):
+    """Two of the longest and the second longest: without padding their own tokens, else twice the longest's."""
+    path, lengths = tmp_path / "chats.jsonl", []
+    with path.open("w") as file:
+        for words in (3, 30, 9, 17):
+            turns = [{"role": "user", "content": "bake bread"}, {"role": "assistant", "content": "flour " * words}]
+            lengths.append(len(tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]))
+            file.write(json.dumps({"messages": turns}) + "\n")
+    kept = ("model_name_or_path", "dtype", "output_dir", "per_device_train_batch_size", "bf16", "use_cpu")
+    sft = {key: recipe[key] for key in kept} | {"max_length": 1000, "padding_free": padding_free}
+    sft |= {"datasets": [{"path": str(path), "columns": {"conversation": "messages"}}], "conversations_per_update": 4}
+    code, text = checked(sft, name="sft.yaml")
+    assert code == 0, text
+    assert lengths[1] > lengths[3] > lengths[2] > lengths[0]
+    tokens = lengths[1] + lengths[3] if padding_free else 2 * lengths[1]
+    assert f"largest micro-batch {tokens:,} tokens" in text
+    assert "falls back" not in text
+
+
 def test_wandb_and_the_hub_are_told(recipe, checked, monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(inspection, "why_wandb_is_offline", lambda: "no login")

@@ -9,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from trl import ModelConfig
 
 from conftest import build_model
+from core.modeling.padding_free import PaddingFreeCollator, model_inputs
 from core.modeling.parameters import select_parameters
 from core.modeling.precision import precision_of
 from core.modeling.prefix import PrefixSharedCollator, enable_prefix_sharing, pair_logps
@@ -37,10 +38,28 @@ def skeleton(config, model: ModelConfig, patterns) -> Skeleton:
 
 
 PAIRS = ((40, 60, 30), (25, 50, 80))
+CONVERSATIONS = ((1, 130, 0), (1, 155, 0))
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 1000}
 
 
-def allocated(patterns, checkpointing: bool) -> int:
+def pairs_loss(model):
+    examples = [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in PAIRS]
+    batch = PrefixSharedCollator()(examples)
+
+    def loss():
+        outputs = pair_logps(model, batch)
+        return (outputs.chosen_logps - outputs.rejected_logps).sum()
+
+    return loss
+
+
+def conversations_loss(model):
+    batch = PaddingFreeCollator(0)([{"input_ids": [5] * length} for _, length, _ in CONVERSATIONS])
+    inputs = model_inputs(batch)
+    return lambda: -model(**inputs, use_cache=False).log_probs.sum()
+
+
+def allocated(patterns, checkpointing: bool, loss_of) -> int:
     """Peak bytes of torch's CPU allocator in a real forward and backward, gradients included, beyond the weights."""
     model = build_model(**SHAPE)
     select_parameters(model, patterns)
@@ -48,16 +67,14 @@ def allocated(patterns, checkpointing: bool) -> int:
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    examples = [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in PAIRS]
-    batch = PrefixSharedCollator()(examples)
+    loss = loss_of(model)
     # A model with another forward is a circle: collected under the profiler, those of earlier tests would give back
     # gradients that it has seen made, and the peak would be too low by them.
     gc.collect()
     gc.disable()
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            outputs = pair_logps(model, batch)
-            (outputs.chosen_logps - outputs.rejected_logps).sum().backward()
+            loss().backward()
     finally:
         gc.enable()
     now = peak = 0
@@ -70,16 +87,17 @@ def allocated(patterns, checkpointing: bool) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("patterns", [None, ["down_proj"]])
-def test_the_trace_is_what_the_allocator_hands_out(patterns, checkpointing):
+@pytest.mark.parametrize(("lengths", "loss_of"), [(PAIRS, pairs_loss), (CONVERSATIONS, conversations_loss)])
+def test_the_trace_is_what_the_allocator_hands_out(lengths, loss_of, patterns, checkpointing):
     model = FakeModel(skeleton(build_model(**SHAPE).config, ModelConfig(), patterns))
     traced = model.trace(
-        MicroBatch(PAIRS),
+        MicroBatch(lengths),
         checkpointing={"use_reentrant": False} if checkpointing else None,
         gradients_kept=True,
         accumulates=False,
         autocast=None,
     )
-    measured = allocated(patterns, checkpointing) - 4 * model.trained
+    measured = allocated(patterns, checkpointing, loss_of) - 4 * model.trained
     assert traced == pytest.approx(measured, rel=0.1)
 
 

@@ -257,13 +257,18 @@ def test_the_layout_by_hand():
     assert batch["margin"].tolist() == [0.5, -1.0]
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [((3, 2, 4), (1, 1, 1), (1, 3, 0), (2, 5, 1)), ((1, 4, 0), (1, 1, 0), (1, 6, 0))],
+    ids=["shared", "alone"],
+)
 @pytest.mark.parametrize("groups", [1, 2], ids=["heads", "grouped"])
-def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, groups):
+def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, groups, lengths):
     """
     Pair by pair, and packed as for `varlen_attn` (a slow form of it stands in: no GPU), against one softmax over the
     whole row under the mask that the layout says: causal, within the pair, and the second answer not to the first.
+    A pair without a second answer is a sequence alone.
     """
-    lengths = ((3, 2, 4), (1, 1, 1), (2, 5, 1))
     total = sum(k + n + m - 1 for k, n, m in lengths)
     torch.manual_seed(0)
     query = torch.randn(1, 4, total, 8, dtype=torch.float64, requires_grad=True)

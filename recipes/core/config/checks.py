@@ -72,12 +72,14 @@ def check_training(document: Document, recipe: Recipe, given: Given) -> None:
                 ("lora_target_modules",), "differs from trainable_parameters, which name LoRA's targets; keep one"
             )
     flash = str(setting["attn_implementation"]).startswith("flash_attention")
-    packs = setting["padding_free"] or setting["packing"] and setting["packing_strategy"] != "wrapped"
-    if packs and not flash:
-        key = "padding_free" if setting["padding_free"] else "packing"
+    if setting["packing"] and setting["packing_strategy"] != "wrapped" and not flash:
         raise document.refuse(
-            (key,), "conversations would see each other without attn_implementation: flash_attention_2; set false"
+            ("packing",),
+            "conversations would see each other without attn_implementation: flash_attention_2; set false: "
+            "padding_free, the default, leaves padding out as well",
         )
+    if setting["eval_packing"] and not setting["packing"]:
+        raise document.refuse(("eval_packing",), "packed conversations would see each other without packing: true")
 
 
 def settle_lora_dropout(
@@ -271,13 +273,20 @@ def choose_reference_pass(
         training[key] = not recipe.margin.reference_free
         reason = {True: "so no update needs the reference"}.get(training[key], "there is no reference")
         announcements.append(f"{key}: {str(training[key]).lower()}, {reason}")
-    if recipe.prefix_sharing and model.get("attn_implementation") is not None:
-        announcements.append(
-            "attn_implementation: has no effect on pairs that share their prompts (prefix_sharing: true), which have "
-            "an attention of their own"
-        )
     if recipe.reference_cache is not None and not training[key]:
         raise document.refuse(("reference_cache",), f"nothing is cached while {key} is false; remove it")
+
+
+def announce_attention(
+    document: Document, recipe: Recipe, model: Given, training: Given, announcements: list[str]
+) -> None:
+    key, rows = "prefix_sharing", "pairs that share their prompts"
+    if isinstance(recipe, SFTRecipe):
+        key, rows = "padding_free", "conversations without padding"
+    if getattr(recipe, key) and model.get("attn_implementation") is not None and not training.get("packing"):
+        announcements.append(
+            f"attn_implementation: has no effect on {rows} ({key}: true), which have an attention of their own"
+        )
 
 
 def fit_batch(document: Document, recipe: Recipe, training: Given, world_size: int) -> None:

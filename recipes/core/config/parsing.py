@@ -12,6 +12,7 @@ import pydantic
 
 from core.config.checks import (
     Recipe,
+    announce_attention,
     check_margin,
     check_schedule,
     check_selection,
@@ -134,6 +135,7 @@ def look_over(
     values = model | training | _plain(recipe)
     if kind != "evaluate":
         hold(fit_batch, training, world_size)
+        hold(announce_attention, model, training, announcements)
     if "dtype" not in model:
         announcements.append("dtype float32 (TRL's default): the weights are loaded in 32 bits")
     if training.get("save_only_model"):

@@ -245,6 +245,9 @@ class SFTRecipe:
         "of the final model; null: as the model that training began with, or float32 if that would undo the training",
         "bfloat16",
     )
+    padding_free: bool = key(
+        True, "lay the conversations of a micro-batch end to end, none seeing another, where that is exact", "false"
+    )
     conversations_per_update: Count | None = key(None, "on all devices; sets gradient_accumulation_steps", "32")
     num_processes: Count | None = key(None, "refuse to start on any other number", "8")
 

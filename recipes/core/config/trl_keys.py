@@ -221,7 +221,7 @@ _BASE |= _fields("trl/trainer/base_config.py", "_BaseConfig", "TrainingArguments
 _DPO = _BASE | _fields("trl/trainer/dpo_config.py", "DPOConfig", "DPOConfig")
 _SFT = _BASE | _fields("trl/trainer/sft_config.py", "SFTConfig", "SFTConfig")
 DEFAULTS = {name: key.default for name, key in (MODEL | _SFT | _DPO).items()}  # where the recipe says nothing
-OURS = ("pad_token", "chat_template_path")  # keys of schema.py, which do not reach TRL
+OURS = ("pad_token", "chat_template_path", "padding_free")  # keys of schema.py, which do not reach TRL
 
 REFUSED = {"dpo": _REFUSED_DPO, "sft": _REFUSED_SFT, "evaluate": _REFUSED_DPO}
 ACCEPTED = {

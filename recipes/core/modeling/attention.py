@@ -2,7 +2,8 @@
 
 A pair of k prompt, n chosen and m rejected tokens is two sequences of queries, (P, C_1 … C_(n−1)) and (P_k, R_1 …
 R_(m−1)). The first attends causally to itself; the second to P_1 … P_(k−1) and causally to itself. The cost is that of
-the pairs' own lengths, and no mask over the row is built.
+the pairs' own lengths, and no mask over the row is built. With m = 0 there is no second sequence: so a conversation
+lies among others (`padding_free.py`).
 """
 
 from typing import Any, NamedTuple
@@ -16,15 +17,16 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "prefix_shared"  # our name among transformers' attention implementations
 
-PairLengths = tuple[tuple[int, int, int], ...]  # (k, n, m) of each pair, in tokens
+PairLengths = tuple[tuple[int, int, int], ...]  # (k, n, m) of each pair, in tokens; m = 0: one sequence of k + n − 1
 
 
 class PackedKeys(NamedTuple):
-    """The 2B sequences of queries of B pairs and the keys of each, as `varlen_attn` takes them."""
+    """The S sequences of queries (two of a pair) and the keys of each, as `varlen_attn` takes them."""
 
-    key_index: torch.Tensor  # where in the row each key lies; a prompt's keys are named twice. int64
-    query_starts: torch.Tensor  # first query of each sequence, and the end. Shape (2B + 1,), int32
-    key_starts: torch.Tensor  # first key of each sequence, and the end. Shape (2B + 1,), int32
+    # Where in the row each key lies; a prompt's keys are named twice. None: each once, in order. int64
+    key_index: torch.Tensor | None
+    query_starts: torch.Tensor  # first query of each sequence, and the end. Shape (S + 1,), int32
+    key_starts: torch.Tensor  # first key of each sequence, and the end. Shape (S + 1,), int32
     longest_query: int
     longest_key: int
 
@@ -34,14 +36,20 @@ def packed_keys(pair_lengths: PairLengths, device: torch.device | str = "cpu") -
     index, queries, keys, start = [], [], [], 0
     for k, n, m in pair_lengths:
         second = start + k + n - 1
-        index += [torch.arange(start, second), torch.arange(start, start + k - 1), torch.arange(second, second + m)]
-        queries += [k + n - 1, m]
-        keys += [k + n - 1, k - 1 + m]
+        index.append(torch.arange(start, second))
+        queries.append(k + n - 1)
+        keys.append(k + n - 1)
+        if m:
+            index += [torch.arange(start, start + k - 1), torch.arange(second, second + m)]
+            queries.append(m)
+            keys.append(k - 1 + m)
         start = second + m
     query_starts, key_starts = (
         F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (queries, keys)
     )
-    return PackedKeys(torch.cat(index).to(device), query_starts, key_starts, max(queries), max(keys))
+    shares = any(m for _, _, m in pair_lengths)
+    key_index = torch.cat(index).to(device) if shares else None
+    return PackedKeys(key_index, query_starts, key_starts, max(queries), max(keys))
 
 
 def prefix_shared_attention(
@@ -103,10 +111,12 @@ def _attend_packed(
     """
     dtype = _attention_dtype(query)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query, key, value))  # (T, heads, D)
+    if packed.key_index is not None:
+        key, value = (x.index_select(0, packed.key_index) for x in (key, value))
     return varlen_attn(
         query,
-        key.index_select(0, packed.key_index),
-        value.index_select(0, packed.key_index),
+        key,
+        value,
         packed.query_starts,
         packed.key_starts,
         packed.longest_query,
@@ -120,18 +130,21 @@ def _attend_packed(
 def _attend_pair_by_pair(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, pair_lengths: PairLengths
 ) -> torch.Tensor:
-    """Two calls of sdpa for each pair, in any dtype on any device."""
+    """A call of sdpa for each sequence, in any dtype on any device."""
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # One split per tensor: its backward is one concatenation, where a slice's is a row of zeros for each pair.
-    sizes = [size for k, n, m in pair_lengths for size in (k + n - 1, m)]
+    sizes = [size for k, n, m in pair_lengths for size in (k + n - 1, m) if size]
     queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
     outputs = []
-    for pair, (k, _, m) in enumerate(pair_lengths):
-        first, second = 2 * pair, 2 * pair + 1
+    for k, _, m in pair_lengths:
+        first = len(outputs)
         outputs.append(
             F.scaled_dot_product_attention(queries[first], keys[first], values[first], is_causal=True, scale=scaling)
         )
+        if not m:
+            continue
+        second = first + 1
         visible = torch.ones(m, k - 1 + m, dtype=torch.bool, device=query.device).tril(k - 1)
         outputs.append(
             F.scaled_dot_product_attention(

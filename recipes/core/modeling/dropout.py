@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -18,9 +19,11 @@ def disable_dropout(model: nn.Module) -> None:
         setattr(holder, name, 0.0)
 
 
-def draws_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training is a random one: dropout, or a router's noise."""
-    return next(_rates(model, NOISE), None) is not None
+def draws_dropout(model: nn.Module, of_adapters: bool = True) -> bool:
+    """Whether a forward pass in training is a random one: dropout, or a router's noise; with or without LoRA's."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)] if not of_adapters else []
+    adapters = {id(module) for layer in layers for module in getattr(layer, "lora_dropout", {}).values()}
+    return any(id(holder) not in adapters for holder, _ in _rates(model, NOISE))
 
 
 def _rates(model: nn.Module, pattern: re.Pattern) -> Iterator[tuple[Any, str]]:

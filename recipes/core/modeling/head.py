@@ -23,7 +23,8 @@ def add_answer_head(model: PreTrainedModel) -> None:
 
     `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. With
     `answer_statistics=False` there are log-probabilities alone. Where logits are more than a projection (softcapped,
-    or scaled), and with a router's loss, it is TRL's head.
+    or scaled), and with a router's loss, it is TRL's head. What else asks for TRL's head (`labels`, `fused_lm_head`)
+    is not looked at.
 
     Args:
         model: with TRL's fused head, or before it gets one.
@@ -40,6 +41,7 @@ def add_answer_head(model: PreTrainedModel) -> None:
     ) -> Any:
         if answer_labels is None:
             return original_forward(*args, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "fused_lm_head")}
         if not projects or kwargs.get("output_router_logits"):
             # Through the outermost forward: TRL's head may have been added after this one.
             return self.forward(*args, shift_labels=answer_labels, fused_lm_head=True, **kwargs)
@@ -60,7 +62,13 @@ def add_answer_head(model: PreTrainedModel) -> None:
             else output.new_zeros(len(labels)).index_copy(0, scored, output).view_as(answer_labels)
             for output in outputs
         )
-        return FusedCausalLMOutput(log_probs=log_probs, entropy=entropy, mean_logits=mean_logits, is_top1=is_top1)
+        return FusedCausalLMOutput(
+            log_probs=log_probs,
+            entropy=entropy,
+            mean_logits=mean_logits,
+            is_top1=is_top1,
+            label_mask=answer_labels != -100,
+        )
 
     model.forward = types.MethodType(forward, model)
 

@@ -138,8 +138,14 @@ def has_router_loss(config: PretrainedConfig) -> bool:
     return hasattr(config.get_text_config(), "output_router_logits")
 
 
-def unsupported_reason(model: nn.Module, max_length: int | None) -> str | None:
-    """Why pairs must be padded for this model, as one line for the user; None where sharing is exact."""
+def unsupported_reason(model: nn.Module, max_length: int | None, shares: bool = True) -> str | None:
+    """
+    Why rows must be padded for this model, as one line for the user; None where laying them end to end is exact.
+
+    Args:
+        shares: whether they share prompts, so that one draw of LoRA's dropout would serve both answers. Where they
+            don't, each token has its own, as in the padded form.
+    """
     config = model.config
     if config.model_type in OWN_ATTENTION:
         return f"the attention of a {config.model_type} has {OWN_ATTENTION[config.model_type]}"
@@ -155,8 +161,8 @@ def unsupported_reason(model: nn.Module, max_length: int | None) -> str | None:
     for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope not in STATIC_ROPE:
             return f"its {rope} rotary embedding depends on the longest sequence of the batch"
-    if draws_dropout(model):
-        return "it draws dropout (disable_dropout: true would let it)"
+    if draws_dropout(model, of_adapters=shares):
+        return "it draws dropout" + (" (disable_dropout: true would let it)" if shares else "")
     return None
 
 

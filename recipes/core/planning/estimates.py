@@ -43,9 +43,9 @@ def inspect_rows(
         if train is not None:
             steps, largest = inspect_batch(resolved, launch, train, shared, findings)
     else:
-        count, longest = inspect_conversations(resolved, tokenizer, findings)
+        count, lengths = inspect_conversations(resolved, tokenizer, findings)
         if count:
-            steps, largest = inspect_sft_batch(resolved, launch, count, longest)
+            steps, largest = inspect_sft_batch(resolved, launch, count, lengths, shared)
     return steps, largest
 
 
@@ -94,13 +94,28 @@ def inspect_batch(
     return total, largest_micro_batch(lengths, order, shared)
 
 
-def inspect_sft_batch(resolved: Run, launch: Launch, count: int, longest: int | None) -> tuple[int, MicroBatch | None]:
-    """The same of an SFT run with `count` conversations, the longest of `longest` tokens; rows are padded."""
+def inspect_sft_batch(
+    resolved: Run, launch: Launch, count: int, lengths: np.ndarray, padding_free: bool
+) -> tuple[int, MicroBatch | None]:
+    """
+    The same of an SFT run with `count` conversations, of whose tokens `lengths` are a sample. Which of them meet is
+    TRL's to draw: the largest micro-batch is that of the longest.
+    """
     args = resolved.training
     micro_batches = math.ceil(math.ceil(count / args.per_device_train_batch_size) / launch.world_size)
     updates = math.ceil(micro_batches / args.gradient_accumulation_steps)
     total = show_batch(resolved, launch, "conversations", updates)
-    return total, longest and MicroBatch(rows=args.per_device_train_batch_size, length=longest)
+    if not len(lengths):
+        return total, None
+    longest = np.sort(lengths)[-min(args.per_device_train_batch_size, count) :]
+    return total, conversations(longest.tolist(), padding_free)
+
+
+def conversations(lengths: list[int], padding_free: bool) -> MicroBatch:
+    """A micro-batch of conversations of so many tokens."""
+    if padding_free:
+        return MicroBatch(tuple((1, length, 0) for length in lengths))
+    return MicroBatch(rows=len(lengths), length=max(lengths))
 
 
 def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
@@ -108,10 +123,12 @@ def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
     rows, length = resolved.training.per_device_train_batch_size, resolved.training.max_length
     if length is None:
         return None
+    if resolved.kind == "sft":
+        return conversations([length] * rows, shared)
     if shared:
         half = length // 2
         return MicroBatch(((half, length - half, length - half),) * rows)
-    return MicroBatch(rows=rows * (2 if resolved.kind == "dpo" else 1), length=length)
+    return MicroBatch(rows=rows * 2, length=length)
 
 
 # -------------------------------------------------------------------------------------------------- memory and disk

@@ -156,8 +156,8 @@ def _show_lengths(lengths: dict[str, np.ndarray]) -> None:
 
 def inspect_conversations(
     resolved: Run, tokenizer: PreTrainedTokenizerBase | None, findings: Findings
-) -> tuple[int, int | None]:
-    """Load an SFT stage's conversations and show them: how many there are, and the tokens of the longest."""
+) -> tuple[int, np.ndarray]:
+    """Load an SFT stage's conversations and show them: how many there are, and the tokens of all, or of a sample."""
     recipe, args = resolved.recipe, resolved.training
 
     def load(entry: DatasetEntry) -> Dataset:
@@ -178,10 +178,10 @@ def inspect_conversations(
             sampled = f" (sample of {SAMPLE:,})" if len(rows) > SAMPLE else ""
             lengths[name + sampled] = _show_conversations(entry.path, rows, resolved, tokenizer, findings)
     if not lengths:
-        return count, None
+        return count, np.array([], int)
     _show_lengths(lengths)
-    longest = max(int(tokens.max()) for tokens in lengths.values())
-    return count, longest if args.max_length is None else min(longest, args.max_length)
+    tokens = np.concatenate([*lengths.values()])
+    return count, tokens if args.max_length is None else tokens.clip(max=args.max_length)
 
 
 def _show_conversations(

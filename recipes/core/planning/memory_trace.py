@@ -38,9 +38,9 @@ logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  #
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Shapes of a micro-batch: pairs that share their prompts, or rows padded to one length."""
+    """Shapes of a micro-batch: pairs that share prompts, conversations end to end, or rows padded to one length."""
 
-    pair_lengths: tuple[tuple[int, int, int], ...] = ()  # (k, n, m) of each pair
+    pair_lengths: tuple[tuple[int, int, int], ...] = ()  # (k, n, m) of each pair; (1, length, 0) of a conversation
     rows: int = 0  # padded: rows (two for a pair) …
     length: int = 0  # … of this many tokens
 

@@ -15,6 +15,7 @@ from trl.trainer.utils import add_fused_lm_head
 from core.config.schema import Replay
 from core.data.tokens import token_lengths
 from core.modeling.dropout import draws_dropout
+from core.modeling.padding_free import PaddingFreeCollator, model_inputs
 from core.modeling.precision import Precision, hold
 from core.modeling.prefix import HEAD_OUTPUTS, PairOutputs, collator_for, enable_prefix_sharing, pair_logps
 from core.modeling.reference import as_reference, reference_logps
@@ -270,7 +271,22 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
 
 
 class ConversationTrainer(Recorded, SFTTrainer):
-    """TRL's SFTTrainer."""
+    """
+    TRL's SFTTrainer with its loss and metrics, over padded or padding-free micro-batches.
+
+    Args:
+        omits_padding: lay conversations end to end; only where `padding_free.omits_padding` says so.
+    """
+
+    def __init__(self, *args: Any, omits_padding: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if omits_padding:
+            # TRL's own padding_free takes no max_length and no collator, and leaves the rest to FlashAttention.
+            self.data_collator = PaddingFreeCollator(self.processing_class.pad_token_id)
+            enable_prefix_sharing(self.model)
+
+    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, model_inputs(inputs) if "rows" in inputs else inputs, *args, **kwargs)
 
 
 def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: float) -> torch.Tensor:
