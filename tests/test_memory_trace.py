@@ -55,7 +55,7 @@ def pairs_loss(model):
 
 def conversations_loss(model):
     batch = PaddingFreeCollator(0)([{"input_ids": [5] * length} for _, length, _ in CONVERSATIONS])
-    inputs = model_inputs(batch)
+    inputs = model_inputs(batch, summed=True)
     return lambda: -model(**inputs, use_cache=False).log_probs.sum()
 
 
@@ -91,7 +91,7 @@ def allocated(patterns, checkpointing: bool, loss_of) -> int:
 def test_the_trace_is_what_the_allocator_hands_out(lengths, loss_of, patterns, checkpointing):
     model = FakeModel(skeleton(build_model(**SHAPE).config, ModelConfig(), patterns))
     traced = model.trace(
-        MicroBatch(lengths),
+        MicroBatch(lengths, summed=lengths is CONVERSATIONS),
         checkpointing={"use_reentrant": False} if checkpointing else None,
         gradients_kept=True,
         accumulates=False,

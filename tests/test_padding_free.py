@@ -9,15 +9,19 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from architectures import build_architecture
 from conftest import build_model, build_tokenizer, words
+from core.modeling import attention, head
+from core.modeling.head import AnswerLogProbs
 from core.modeling.padding_free import PaddingFreeCollator, model_inputs, omits_padding
 from core.modeling.parameters import select_parameters
 from core.modeling.prefix import SHARED_ARCHITECTURES, enable_prefix_sharing, has_router_loss, unsupported_reason
 from core.training.trainer import ConversationTrainer
 from processes import run_ranks
 from test_architectures import tiny
+from test_prefix import slow_varlen
 
 MAX_LENGTH = 48  # cuts some of the conversations below
 ANSWERS_MARKED = (
@@ -203,10 +207,9 @@ def test_log_probabilities_and_gradients_are_those_of_each_conversation_alone(ar
     alone = copy.deepcopy(packed)
     enable_prefix_sharing(packed)
     rows = examples()
-    inputs = model_inputs(PaddingFreeCollator(0)(rows))
-    labels, scored = inputs.pop("answer_labels")[0], inputs.pop("labels") is not None
-    assert scored
-    log_probs = packed(**inputs, use_cache=False).logits[0].log_softmax(-1)
+    inputs = model_inputs(PaddingFreeCollator(0)(rows), summed=True)
+    labels, layout = inputs["answer_labels"][0], ("input_ids", "position_ids", "attention_mask", "pair_lengths")
+    log_probs = packed(**{key: inputs[key] for key in layout}, use_cache=False).logits[0].log_softmax(-1)
     found = log_probs[labels != -100].gather(1, labels[labels != -100, None]).squeeze(1)
     expected = []
     for row in rows:
@@ -227,6 +230,45 @@ def test_log_probabilities_and_gradients_are_those_of_each_conversation_alone(ar
     assert trained >= 20
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_head_s_gradient_of_a_sum(bias, monkeypatch):
+    """Tile by tile, against autograd's through a softmax over all logits; another weight for one token is told."""
+    monkeypatch.setattr(head, "TILE_TOKENS", 3)
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(size, 6, dtype=torch.float64, requires_grad=True) for size in (7, 11))
+    inputs = [hidden, weight] + [torch.randn(11, dtype=torch.float64, requires_grad=True)] * bias
+    targets = torch.tensor([3, 0, 10, 3, 5, 3, 1])
+    log_probs = torch.nn.functional.linear(*inputs).log_softmax(-1).gather(1, targets[:, None])
+    expected = torch.autograd.grad(-0.3 * log_probs.sum(), inputs)
+    arguments = (hidden, weight, inputs[2] if bias else None, targets, True, True)
+    found = torch.autograd.grad(-0.3 * AnswerLogProbs.apply(*arguments)[0].sum(), inputs)
+    for grad, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-13)
+    with pytest.raises(RuntimeError, match="several weights"):
+        torch.autograd.grad(AnswerLogProbs.apply(*arguments)[0][:6].sum(), inputs)
+
+
+def test_the_form_that_a_gpu_takes_is_that_of_a_cpu(monkeypatch):
+    """TRL's head over packed keys (a slow form of the kernel stands in: no GPU) against the answers' head."""
+    monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
+    monkeypatch.setattr(attention, "has_varlen_kernel", lambda query: True)
+    model = build_model()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    enable_prefix_sharing(model)
+    inputs = model_inputs(PaddingFreeCollator(0)(examples()), summed=True)
+    expected = model(**inputs, use_cache=False)
+    wanted = torch.autograd.grad(expected.log_probs.sum(), model.parameters())
+    inputs = {key: value for key, value in inputs.items() if "answer" not in key}
+    inputs["packed"] = attention.packed_keys(inputs["pair_lengths"])
+    assert inputs["packed"].key_index is None
+    found = model(**inputs, fused_lm_head=True)
+    assert torch.equal(found.label_mask.sum(), expected.label_mask.sum())
+    for name in ("log_probs", "entropy", "is_top1"):
+        torch.testing.assert_close(getattr(found, name).sum().float(), getattr(expected, name).sum().float())
+    for grad, want in zip(torch.autograd.grad(found.log_probs.sum(), model.parameters()), wanted, strict=True):
+        torch.testing.assert_close(grad, want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_row_by_hand():
     """10 11 12, of which 12 is learnt, then 20 21, of which all is: but a first token has nothing to predict it."""
     batch = PaddingFreeCollator(0)(
@@ -237,7 +279,7 @@ def test_the_row_by_hand():
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch["labels"].tolist() == [[-100, -100, 12, -100, 21]]
     assert batch["pair_lengths"] == ((1, 3, 0), (1, 2, 0))
-    inputs = model_inputs(batch)
+    inputs = model_inputs(batch, summed=True)
     assert inputs["answer_labels"].tolist() == [[-100, 12, -100, 21, -100]]
     assert inputs["attention_mask"].sum() == 5 and "rows" not in inputs
 

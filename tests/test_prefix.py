@@ -257,6 +257,20 @@ def test_the_layout_by_hand():
     assert batch["margin"].tolist() == [0.5, -1.0]
 
 
+def slow_varlen(q, k, v, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, enable_gqa):
+    """`varlen_attn` where there is no GPU for it, one sequence after another."""
+    assert window_size == (-1, 0) and enable_gqa == (q.shape[1] != k.shape[1])
+    parts = []
+    for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
+        assert b - a <= longest_query and d - c <= longest_key
+        visible = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned to the bottom right
+        one = F.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=visible, scale=scale, enable_gqa=True
+        )
+        parts.append(one.transpose(0, 1))
+    return torch.cat(parts)
+
+
 @pytest.mark.parametrize(
     "lengths",
     [((3, 2, 4), (1, 1, 1), (1, 3, 0), (2, 5, 1)), ((1, 4, 0), (1, 1, 0), (1, 6, 0))],
@@ -283,18 +297,6 @@ def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, gr
     repeated = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=allowed, scale=0.3).transpose(1, 2)
     wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
-
-    def slow_varlen(q, k, v, query_starts, key_starts, longest_query, longest_key, *, scale, window_size, enable_gqa):
-        assert window_size == (-1, 0) and enable_gqa == (groups > 1)
-        parts = []
-        for a, b, c, d in zip(query_starts, query_starts[1:], key_starts, key_starts[1:], strict=False):
-            assert b - a <= longest_query and d - c <= longest_key
-            visible = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))  # aligned to the bottom right
-            one = F.scaled_dot_product_attention(
-                *(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])), attn_mask=visible, scale=scale, enable_gqa=True
-            )
-            parts.append(one.transpose(0, 1))
-        return torch.cat(parts)
 
     monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
     by_pairs = attention._attend_pair_by_pair(query, key, value, 0.3, lengths)

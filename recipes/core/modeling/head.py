@@ -22,9 +22,10 @@ def add_answer_head(model: PreTrainedModel) -> None:
     Let `model(…, answer_labels=labels)` return what TRL's fused head would for `shift_labels=labels`, without a loss.
 
     `answer_labels` has the shape of the input; −100 marks what is not scored, and gives 0. With
-    `answer_statistics=False` there are log-probabilities alone. Where logits are more than a projection (softcapped,
-    or scaled), and with a router's loss, it is TRL's head. What else asks for TRL's head (`labels`, `fused_lm_head`)
-    is not looked at.
+    `answer_statistics=False` there are log-probabilities alone. `answer_sum=True` is for a loss that adds up all of
+    them with one weight, and saves memory where the head is trained. Where logits are more than a projection
+    (softcapped, or scaled), and with a router's loss, it is TRL's head. What else asks for TRL's head (`labels`,
+    `fused_lm_head`) is not looked at.
 
     Args:
         model: with TRL's fused head, or before it gets one.
@@ -37,6 +38,7 @@ def add_answer_head(model: PreTrainedModel) -> None:
         *args: Any,
         answer_labels: torch.Tensor | None = None,
         answer_statistics: bool = True,
+        answer_sum: bool = False,
         **kwargs: Any,
     ) -> Any:
         if answer_labels is None:
@@ -55,7 +57,7 @@ def add_answer_head(model: PreTrainedModel) -> None:
                 # A Function isn't told of no_grad: it would keep the probabilities for the head's gradient.
                 weight, bias = weight.detach(), None if bias is None else bias.detach()
             states = hidden.flatten(0, 1).index_select(0, scored)
-            outputs = AnswerLogProbs.apply(states, weight, bias, labels[scored], answer_statistics)
+            outputs = AnswerLogProbs.apply(states, weight, bias, labels[scored], answer_statistics, answer_sum)
         log_probs, entropy, mean_logits, is_top1 = (
             None
             if output is None
@@ -88,7 +90,8 @@ class AnswerLogProbs(torch.autograd.Function):
 
     d log p_t / d hidden = W_t − p·W, but for the factor that arrives in the backward. So the forward computes it while
     the probabilities are at hand, and the backward needs neither the logits nor W (which ZeRO-3 has taken away by
-    then). The N × V probabilities are kept only where the head itself is trained.
+    then). Only where the head itself is trained are the N × V probabilities kept; not even then if one factor arrives
+    for all tokens (`summed`): Σ_t (e_t − p)·hidden_t, which has the head's own V × H, is then its gradient but for it.
     """
 
     @staticmethod
@@ -99,6 +102,7 @@ class AnswerLogProbs(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         statistics: bool,
+        summed: bool = False,
     ) -> tuple[torch.Tensor | None, ...]:
         """
         Shapes: hidden (N, H), weight (V, H), bias (V,), targets (N,); four of (N,) are returned, or without
@@ -110,7 +114,9 @@ class AnswerLogProbs(torch.autograd.Function):
         inputs, weights = hidden.to(dtype), weight.to(dtype)
         trains_head = any(ctx.needs_input_grad[1:3])
         slope = torch.empty_like(inputs) if ctx.needs_input_grad[0] else None
-        kept = inputs.new_empty((len(inputs), len(weight))) if trains_head else None
+        kept = inputs.new_empty((len(inputs), len(weight))) if trains_head and not summed else None
+        total = torch.zeros_like(weight, dtype=wide) if trains_head and summed else None
+        total_bias = None if total is None or bias is None else torch.zeros_like(bias, dtype=wide)
         log_probs = inputs.new_empty(len(inputs), dtype=wide)
         entropy, is_top1 = torch.empty_like(log_probs), torch.empty_like(log_probs, dtype=torch.bool)
         for start in range(0, len(inputs), TILE_TOKENS):
@@ -121,7 +127,7 @@ class AnswerLogProbs(torch.autograd.Function):
             # One kernel, row by row in the cache, where each step written out would stream all logits from memory.
             every = torch.log_softmax(logits, dim=1, dtype=wide)
             log_probs[tile] = every.gather(1, targets[tile, None]).squeeze(1)
-            if not (statistics or slope is not None or kept is not None):
+            if not (statistics or trains_head or slope is not None):
                 continue
             probabilities = every.exp()
             if statistics:
@@ -132,7 +138,15 @@ class AnswerLogProbs(torch.autograd.Function):
                 torch.sub(weights[targets[tile]], torch.mm(probabilities, weights), out=slope[tile])
             if kept is not None:
                 kept[tile] = probabilities
-        ctx.save_for_backward(slope, kept, inputs if trains_head else None, targets)
+            if total is not None:
+                _subtract_product(total, probabilities.t(), inputs[tile])
+            if total_bias is not None:
+                total_bias -= probabilities.sum(0)
+        if total is not None:
+            total.index_add_(0, targets, inputs.to(wide))
+        if total_bias is not None:
+            total_bias.index_add_(0, targets, torch.ones_like(log_probs))
+        ctx.save_for_backward(slope, kept, None if kept is None else inputs, targets, total, total_bias)
         ctx.dtypes = hidden.dtype, weight.dtype
         if not statistics:
             return log_probs, None, None, None
@@ -145,15 +159,29 @@ class AnswerLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        slope, probabilities, inputs, targets = ctx.saved_tensors
+        slope, probabilities, inputs, targets, total, total_bias = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_hidden = (grad[:, None] * slope).to(hidden_dtype)
+        if total is not None:
+            factor = grad[:1].sum()  # 0 of no token
+            torch._assert_async((grad == factor).all(), "answer_sum: the log-probabilities have several weights")
+            grad_weight = (total * factor).to(weight_dtype)
+            grad_bias = None if total_bias is None else (total_bias * factor).to(weight_dtype)
+            return grad_hidden, grad_weight, grad_bias, None, None, None
         if ctx.needs_input_grad[1]:
             scaled = (grad[:, None] * inputs).to(inputs.dtype)
             grad_weight = torch.mm(probabilities.t(), -scaled).index_add_(0, targets, scaled).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             grad = grad.to(probabilities.dtype)
             grad_bias = (-(grad @ probabilities)).index_add_(0, targets, grad).to(weight_dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
+
+
+def _subtract_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total −= left·right, which may be narrower."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=-1)
+    else:
+        total -= torch.mm(left, right)

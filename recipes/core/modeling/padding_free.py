@@ -42,14 +42,20 @@ class PaddingFreeCollator:
         return {"rows": rows} | row | {"pair_lengths": tuple((1, length, 0) for length in lengths)}
 
 
-def model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """A model's arguments for a batch of `PaddingFreeCollator`, after `prefix.enable_prefix_sharing`."""
+def model_inputs(batch: dict[str, Any], summed: bool) -> dict[str, Any]:
+    """
+    A model's arguments for a batch of `PaddingFreeCollator`, after `prefix.enable_prefix_sharing`.
+
+    Args:
+        summed: the loss adds up all log-probabilities with one weight.
+    """
     inputs = {key: value for key, value in batch.items() if key != "rows"}
     # A 4-D mask is passed through as it is, so none is built; TRL counts tokens by it, and a router loss weighs them.
     inputs["attention_mask"] = torch.ones_like(batch["input_ids"])[None, None]
     device = batch["input_ids"].device
     if device.type == "cpu":
-        return inputs | {"answer_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return inputs | {"answer_labels": labels, "answer_sum": summed}
     return inputs | {"packed": packed_keys(batch["pair_lengths"], device)}
 
 

@@ -108,13 +108,13 @@ def inspect_sft_batch(
     if not len(lengths):
         return total, None
     longest = np.sort(lengths)[-min(args.per_device_train_batch_size, count) :]
-    return total, conversations(longest.tolist(), padding_free)
+    return total, conversations(longest.tolist(), padding_free, args)
 
 
-def conversations(lengths: list[int], padding_free: bool) -> MicroBatch:
+def conversations(lengths: list[int], padding_free: bool, args: SFTConfig) -> MicroBatch:
     """A micro-batch of conversations of so many tokens."""
     if padding_free:
-        return MicroBatch(tuple((1, length, 0) for length in lengths))
+        return MicroBatch(tuple((1, length, 0) for length in lengths), summed=args.loss_type == "nll")
     return MicroBatch(rows=len(lengths), length=max(lengths))
 
 
@@ -124,7 +124,7 @@ def worst_micro_batch(resolved: Run, shared: bool) -> MicroBatch | None:
     if length is None:
         return None
     if resolved.kind == "sft":
-        return conversations([length] * rows, shared)
+        return conversations([length] * rows, shared, resolved.training)
     if shared:
         half = length // 2
         return MicroBatch(((half, length - half, length - half),) * rows)

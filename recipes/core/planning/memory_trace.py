@@ -43,6 +43,7 @@ class MicroBatch:
     pair_lengths: tuple[tuple[int, int, int], ...] = ()  # (k, n, m) of each pair; (1, length, 0) of a conversation
     rows: int = 0  # padded: rows (two for a pair) …
     length: int = 0  # … of this many tokens
+    summed: bool = False  # the loss adds up all log-probabilities with one weight (`head.add_answer_head`)
 
     @property
     def tokens(self) -> int:
@@ -144,7 +145,9 @@ class FakeModel:
         hidden = hidden_states(self.causal_lm, shared).flatten(0, 1)
         head = self.causal_lm.get_output_embeddings()
         scored = torch.zeros(sum(n + m for _, n, m in batch.pair_lengths), dtype=torch.long)
-        return AnswerLogProbs.apply(hidden.index_select(0, scored), head.weight, head.bias, scored, True)[0]
+        return AnswerLogProbs.apply(
+            hidden.index_select(0, scored), head.weight, head.bias, scored, True, batch.summed
+        )[0]
 
 
 class LiveBytes(TorchDispatchMode):

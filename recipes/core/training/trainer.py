@@ -286,7 +286,9 @@ class ConversationTrainer(Recorded, SFTTrainer):
             enable_prefix_sharing(self.model)
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return super().compute_loss(model, model_inputs(inputs) if "rows" in inputs else inputs, *args, **kwargs)
+        if "rows" in inputs:
+            inputs = model_inputs(inputs, summed=self.args.loss_type == "nll")
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def role_weighted_mean(losses: torch.Tensor, is_buffer: torch.Tensor, weight: float) -> torch.Tensor:
