@@ -68,6 +68,7 @@ def main() -> None:
     # ---------------------------------------------------------------- the policy, and what of it is trained
     model = load_policy(resolved.model, recipe.trainable_parameters, args)
     check_room(model, resolved, len(train.dataset))
+    lora = lora_config(resolved.model, recipe.trainable_parameters, model)
 
     # ---------------------------------------------------------------- the trainer
     live = not (args.precompute_ref_log_probs or resolved.model.use_peft or recipe.margin.reference_free)
@@ -81,9 +82,9 @@ def main() -> None:
         eval_dataset=held_out and held_out.dataset,
         margin=recipe.margin,
         replay=recipe.selection.replay,
-        prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length),
+        prefix_sharing=share_prefixes(recipe.prefix_sharing, model, args.max_length, lora),
         reference_cache=open_cache(recipe.reference_cache, resolved.model, args, model) if cached else None,
-        peft_config=lora_config(resolved.model, recipe.trainable_parameters, model),
+        peft_config=lora,
         callbacks=[stop],
     )
     trainer.recipe, trainer.rows_digest = resolved.values, rows_digest

@@ -17,6 +17,7 @@ from core.modeling import attention, head
 from core.modeling.head import AnswerLogProbs
 from core.modeling.padding_free import PaddingFreeCollator, model_inputs, omits_padding
 from core.modeling.parameters import select_parameters
+from core.modeling.policy import share_prefixes
 from core.modeling.prefix import SHARED_ARCHITECTURES, enable_prefix_sharing, has_router_loss, unsupported_reason
 from core.training.trainer import ConversationTrainer
 from processes import run_ranks
@@ -305,9 +306,11 @@ def test_what_is_padded_all_the_same_and_said(tmp_path, capsys, architecture, ov
 
 
 def test_dropout_of_adapters_is_none_of_a_conversation_s_neighbours():
-    """One draw would serve both answers of a pair, so pairs are padded; here each token has its own."""
+    """One draw would serve both answers of a pair, which is padded; dpo.py asks before the trainer puts LoRA in."""
     config = copy.deepcopy(LORA)
     config.lora_dropout = 0.1
     model = get_peft_model(build_model(), config)
     assert unsupported_reason(model, 48, shares=False) is None
     assert "it draws dropout" in unsupported_reason(model, 48)
+    assert not share_prefixes(True, build_model(), 48, config)
+    assert share_prefixes(True, build_model(), 48, LORA)

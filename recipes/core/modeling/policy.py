@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -233,9 +233,11 @@ def loaded_whole() -> Iterator[None]:
             set_hf_deepspeed_config(config)
 
 
-def share_prefixes(wanted: bool, model: PreTrainedModel, max_length: int | None) -> bool:
+def share_prefixes(
+    wanted: bool, model: torch.nn.Module, max_length: int | None, lora: PeftConfig | None = None
+) -> bool:
     """Whether pairs share their prompt's computation; a line says why not where the recipe wants it."""
-    reason = unsupported_reason(model, max_length) if wanted else None
+    reason = unsupported_reason(model, max_length, adapter=lora) if wanted else None
     if reason and rank() == 0:
         print(f"note: prefix_sharing falls back to padded pairs: {reason}", flush=True)
     return wanted and reason is None

@@ -17,7 +17,7 @@ every architecture of `SHARED_ARCHITECTURES` to it.
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -138,13 +138,16 @@ def has_router_loss(config: PretrainedConfig) -> bool:
     return hasattr(config.get_text_config(), "output_router_logits")
 
 
-def unsupported_reason(model: nn.Module, max_length: int | None, shares: bool = True) -> str | None:
+def unsupported_reason(
+    model: nn.Module, max_length: int | None, shares: bool = True, adapter: PeftConfig | None = None
+) -> str | None:
     """
     Why rows must be padded for this model, as one line for the user; None where laying them end to end is exact.
 
     Args:
         shares: whether they share prompts, so that one draw of LoRA's dropout would serve both answers. Where they
             don't, each token has its own, as in the padded form.
+        adapter: LoRA that the trainer will put into the model.
     """
     config = model.config
     if config.model_type in OWN_ATTENTION:
@@ -161,7 +164,7 @@ def unsupported_reason(model: nn.Module, max_length: int | None, shares: bool = 
     for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope not in STATIC_ROPE:
             return f"its {rope} rotary embedding depends on the longest sequence of the batch"
-    if draws_dropout(model, of_adapters=shares):
+    if draws_dropout(model, of_adapters=shares) or shares and getattr(adapter, "lora_dropout", 0):
         return "it draws dropout" + (" (disable_dropout: true would let it)" if shares else "")
     return None
 
