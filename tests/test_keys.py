@@ -21,6 +21,12 @@ from core.data import preferences
 from core.runtime.text import did_you_mean
 
 ROOT = Path(__file__).parents[1]
+# A source that each script can read.
+FIRST_LINE = {
+    "dpo.py": ["--datasets.0.columns", "{prompt: p, chosen: c, rejected: r}"],
+    "evaluate.py": ["--datasets.0.columns", "{prompt: p, chosen: c, rejected: r}"],
+    "sft.py": ["--datasets.0.columns", "{conversation: m}"],
+}
 HEAVY = {"torch", "trl", "transformers", "datasets"}
 KINDS = [("dpo", DPOConfig), ("sft", SFTConfig), ("evaluate", DPOConfig)]
 
@@ -112,6 +118,23 @@ def test_help_and_a_misspelt_key_need_neither_torch_nor_trl(script, tmp_path):
     assert done.returncode == 2
     assert "line 4: lerning_rate: unknown key; did you mean learning_rate?" in done.stderr
     assert "core.config.keys" in imported and not HEAVY & imported
+
+
+@pytest.mark.parametrize("script", ["dpo.py", "sft.py", "evaluate.py"])
+def test_the_first_line_says_what_runs_before_torch_is_imported(script, tmp_path):
+    recipe = tmp_path / "my.yaml"
+    recipe.write_text("model_name_or_path: tiny\noutput_dir: runs/o\ndatasets: [{path: x}]\n")
+    argv = [script, "--config", str(recipe), *FIRST_LINE[script]]
+    code = f"""if True:
+        import builtins, os, runpy, sys
+        def said(*words, **_):
+            os.write(1, f"{{words[0]}} {{sorted({HEAVY!r} & sys.modules.keys())}}".encode())
+            os._exit(0)
+        builtins.print, sys.argv = said, {argv!r}
+        runpy.run_path({script!r}, run_name="__main__")"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT / "recipes", capture_output=True, text=True)
+    assert done.stdout == f"{recipe} by recipes/{script}, into runs/o []", done.stderr
 
 
 def run(script: str, *argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:

@@ -2,16 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from transformers.trainer_utils import TrainOutput
 
 from core.objective.margins import class_table
 from core.objective.presets import PAIR_CLASSES, Margin
 from core.reporting.card import write_card
-from core.reporting.figures import draw_plots, plot_histograms
 from core.reporting.tables import (
     before_and_after,
     comparable,
@@ -24,6 +23,9 @@ from core.reporting.tables import (
 from core.selection.pairs import Pairs
 from core.training.records import read_metrics
 from core.training.trainer import ConversationTrainer, ShiftedMarginTrainer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def show_selection(pairs: Pairs, margin: Margin, beta: float, title: str = "training") -> None:
@@ -71,6 +73,8 @@ def finish(
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return
+    from core.reporting.figures import draw_plots  # only here: matplotlib takes a while to import
+
     folder = trainer.args.output_dir
     histograms = None if held_out is None else pair_histograms(trainer, held_out, margin)
     draw_plots(folder, histograms, margin is not None and margin.reference_free)
@@ -92,8 +96,10 @@ def write_evaluation(trainer: ShiftedMarginTrainer, metrics: dict[str, float]) -
     print(f"\nAll of its numbers are in {folder / 'evaluation.json'}", flush=True)
 
 
-def pair_histograms(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> Figure:
+def pair_histograms(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> "Figure":
     """The held-out pairs before and after, from the evaluation just made (`figures.plot_histograms`)."""
+    from core.reporting.figures import plot_histograms
+
     before, after, margins = torch.cat(trainer.evaluated).double().numpy().T
     reward_margins = trainer.beta * (after - before)
     if margin.reference_free or margin.length_normalized:  # `before` is then only what Δ was taken from

@@ -13,18 +13,17 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
-from accelerate.commands.launch import launch_command, launch_command_parser
-from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousError
-
 sys.path[0] = str(Path(__file__).resolve().parents[2])  # recipes/, and not the folder of this file
 
 from core.runtime.errors import PEER_LOST, SAVED_ON_SIGNAL, USER_ERROR  # noqa: E402
+from core.runtime.text import without_secrets  # noqa: E402
 
 
 def main() -> None:
+    if "LAUNCH_EXIT_CODE" not in os.environ:  # launch.sh has said what it starts
+        print(without_secrets(f"starting {' '.join(sys.argv[1:])}"), flush=True)
+    from accelerate.commands.launch import launch_command, launch_command_parser  # late: it takes seconds to import
+
     sys.excepthook = in_a_line
     arguments = launch_command_parser().parse_args(["--quiet", *sys.argv[1:]])
     # Ctrl-C reaches the training process too, which saves and ends; torch's launcher of several answers it by itself.
@@ -34,6 +33,11 @@ def main() -> None:
 
 def in_a_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """The hook for exceptions that nobody caught: a line for the launcher's own, Python's traceback for all others."""
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
     if isinstance(error, ChildFailedError):
         for rank, failure in sorted(error.failures.items()):
             print(f"process {rank} {ending(failure.exitcode)}", file=sys.stderr)

@@ -42,6 +42,9 @@ def open_run(kind: Kind) -> Run:
         RecipeError: on every rank, whichever found the fault.
     """
     settings = _read_recipe(kind)
+    if os.environ.get("RANK", "0") == "0":
+        told = f"{settings.path} by recipes/{kind}.py, into {settings.values['output_dir']}"
+        print(without_secrets(told), flush=True)
     go_offline_if_local(places(settings))
 
     # torch takes seconds to import: a misspelt key is told before.
