@@ -1,6 +1,7 @@
 """The trace of a micro-batch against what torch's allocator hands out."""
 
 import gc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def skeleton(config, model: ModelConfig, patterns) -> Skeleton:
 
 PAIRS = ((40, 60, 30), (25, 50, 80))
 CONVERSATIONS = ((1, 130, 0), (1, 155, 0))
+SHORT = ((1, 70, 0), (1, 50, 0), (1, 80, 0))
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 1000}
 
 
@@ -53,8 +55,8 @@ def pairs_loss(model):
     return loss
 
 
-def conversations_loss(model):
-    batch = PaddingFreeCollator(0)([{"input_ids": [5] * length} for _, length, _ in CONVERSATIONS])
+def conversations_loss(model, lengths=CONVERSATIONS):
+    batch = PaddingFreeCollator(0)([{"input_ids": [5] * length} for _, length, _ in lengths])
     inputs = model_inputs(batch, summed=True)
     return lambda: -model(**inputs, use_cache=False).log_probs.sum()
 
@@ -87,11 +89,14 @@ def allocated(patterns, checkpointing: bool, loss_of) -> int:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("patterns", [None, ["down_proj"]])
-@pytest.mark.parametrize(("lengths", "loss_of"), [(PAIRS, pairs_loss), (CONVERSATIONS, conversations_loss)])
+@pytest.mark.parametrize(
+    ("lengths", "loss_of"),
+    [(PAIRS, pairs_loss), (CONVERSATIONS, conversations_loss), (SHORT, partial(conversations_loss, lengths=SHORT))],
+)
 def test_the_trace_is_what_the_allocator_hands_out(lengths, loss_of, patterns, checkpointing):
     model = FakeModel(skeleton(build_model(**SHAPE).config, ModelConfig(), patterns))
     traced = model.trace(
-        MicroBatch(lengths, summed=lengths is CONVERSATIONS),
+        MicroBatch(lengths, summed=lengths is not PAIRS),
         checkpointing={"use_reentrant": False} if checkpointing else None,
         gradients_kept=True,
         accumulates=False,

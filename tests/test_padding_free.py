@@ -201,8 +201,9 @@ def examples(count=6, seed=0):
 
 
 @pytest.mark.parametrize("architecture", SHARED_ARCHITECTURES)
-def test_log_probabilities_and_gradients_are_those_of_each_conversation_alone(architecture):
+def test_log_probabilities_and_gradients_are_those_of_each_conversation_alone(architecture, monkeypatch):
     """In float64 by the model's own logits; norms and routers fold in float32, which leaves 1e-6 of a gradient."""
+    monkeypatch.setattr(attention, "SHORT", 0)
     packed = tiny(architecture, dtype=torch.float64)
     assert unsupported_reason(packed, 128, shares=False) is None
     alone = copy.deepcopy(packed)

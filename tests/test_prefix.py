@@ -301,7 +301,10 @@ def test_attention_of_either_path_is_that_of_a_mask_over_the_row(monkeypatch, gr
     monkeypatch.setattr(attention, "varlen_attn", slow_varlen)
     by_pairs = attention._attend_pair_by_pair(query, key, value, 0.3, lengths)
     packed = attention._attend_packed(query, key, value, 0.3, attention.packed_keys(lengths))
-    for found in (by_pairs, packed):
+    outputs = [by_pairs, packed]
+    if not any(m for _, _, m in lengths):
+        outputs.append(attention._attend_short(query, key, value, 0.3, [k + n - 1 for k, n, _ in lengths]))
+    for found in outputs:
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
         for grad, want in zip(torch.autograd.grad(found.square().sum(), (query, key, value)), wanted, strict=True):
             torch.testing.assert_close(grad, want, rtol=1e-11, atol=1e-11)

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "prefix_shared"  # our name among transformers' attention implementations
+SHORT = 128  # tokens; up to here a call for each sequence takes longer than attention to padding does
 
 PairLengths = tuple[tuple[int, int, int], ...]  # (k, n, m) of each pair, in tokens; m = 0: one sequence of k + n − 1
 
@@ -80,6 +81,9 @@ def prefix_shared_attention(
     assert not kwargs.get("dropout"), "no dropout over shared pairs"
     if packed is not None and has_varlen_kernel(query):
         return _attend_packed(query, key, value, scaling, packed), None
+    lengths = [k + n - 1 for k, n, _ in pair_lengths]
+    if max(lengths) <= SHORT and not any(m for _, _, m in pair_lengths):
+        return _attend_short(query, key, value, scaling, lengths), None
     return _attend_pair_by_pair(query, key, value, scaling, pair_lengths), None
 
 
@@ -156,6 +160,27 @@ def _attend_pair_by_pair(
             )
         )
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _attend_short(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, lengths: list[int]
+) -> torch.Tensor:
+    """
+    One call of sdpa for sequences that share nothing, padded for it alone: padding stands behind a sequence's own
+    tokens, so that a causal mask hides it from them.
+    """
+    groups, longest = query.shape[1] // key.shape[1], max(lengths)
+    own = torch.cat([torch.arange(row * longest, row * longest + length) for row, length in enumerate(lengths)])
+    own = own.to(query.device)
+
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        rows = x.new_zeros(len(lengths) * longest, x.shape[1], x.shape[3])
+        rows = rows.index_copy(0, own, x[0].transpose(0, 1))
+        return rows.unflatten(0, (len(lengths), longest)).transpose(1, 2)  # (sequences, heads, tokens, D)
+
+    query, key, value = padded(query), repeat_kv(padded(key), groups), repeat_kv(padded(value), groups)
+    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+    return output.transpose(1, 2).flatten(0, 1).index_select(0, own).unsqueeze(0)
 
 
 AttentionInterface.register(ATTENTION, prefix_shared_attention)
