@@ -1,6 +1,7 @@
 # One command each; `make help` lists them.
 #   RECIPE      the recipe to train, check or evaluate
 #   ACCELERATE  the launch config: one of accelerate_configs/*.yaml
+#   DATA        rows of your own that no recipe names yet: make check DATA=my.jsonl
 #   ARGS        overrides, e.g. ARGS="--learning_rate 1e-6 --margin.preset dpo"
 #   PYTHON      an interpreter of your own that has requirements.txt installed; .venv is then neither made nor used
 QUICKSTART := recipes/quickstart/dpo.yaml
@@ -23,7 +24,7 @@ LAUNCH = $(PYTHON) recipes/core/runtime/accelerate_launch.py --config_file $(ACC
 SCRIPT = recipes/$(shell $(PYTHON) recipes/core/runtime/stage.py $(RECIPE)).py
 
 # make itself says nothing of a variable that nobody reads, and would train the quickstart.
-LOWER_CASE = $(foreach name,recipe accelerate args python venv,$(if $(filter command%,$(origin $(name))),$(name)))
+LOWER_CASE = $(foreach name,recipe accelerate args python venv data,$(if $(filter command%,$(origin $(name))),$(name)))
 ifneq ($(strip $(LOWER_CASE)),)
 $(error variables are written in capitals: $(foreach name,$(LOWER_CASE),$(shell echo $(name) | tr a-z A-Z)=…) instead of $(strip $(LOWER_CASE))=…)
 endif
@@ -49,8 +50,12 @@ else
 	$(LAUNCH) $(SCRIPT) --config $(RECIPE) $(ARGS)
 endif
 
-check: $(SETUP) ## what RECIPE would do and take under ACCELERATE, and what is wrong with it, before it starts
+check: $(SETUP) ## what RECIPE would do and take under ACCELERATE, and what is wrong; of DATA, what would read it
+ifdef DATA
+	$(PYTHON) recipes/check.py --data "$(DATA)" $(ARGS)
+else
 	$(PYTHON) recipes/check.py --config $(RECIPE) --accelerate_config $(ACCELERATE) $(ARGS)
+endif
 
 evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE=… ARGS="--model_name_or_path …"
 	$(LAUNCH) recipes/evaluate.py --config $(RECIPE) $(ARGS)

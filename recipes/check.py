@@ -4,8 +4,13 @@ the disk. Nothing is written into the output folder.
 
     python recipes/check.py --config my.yaml --accelerate_config accelerate_configs/zero3.yaml [--key value …]
 
-`make check RECIPE=… ACCELERATE=… ARGS=…` is the same. The recipe's keys say whether it is one of
-sft.py or dpo.py (core/runtime/stage.py). Exit code 0, or 2 with the list of everything that is wrong.
+    python recipes/check.py --data my.jsonl
+
+`make check RECIPE=… ACCELERATE=… ARGS=…` and `make check DATA=…` are the same. The second shows the columns of a file
+or folder of rows and the lines of a recipe that would read it; it chooses nothing and so ends with exit code 2.
+
+The recipe's keys say whether it is one of sft.py or dpo.py (core/runtime/stage.py). Exit code 0, or 2 with the list of
+everything that is wrong.
 """
 
 import argparse
@@ -30,6 +35,8 @@ OF_NOMINAL = 79.6 / 80  # GiB that a card of 80 "GB" has, for each of them
 def main() -> None:
     prepare_environment()  # before the first import of torch
     options, overrides = parse_options()
+    if options.data:
+        propose_mapping(options.data)
     findings = Findings()
 
     # ---------------------------------------------------------------- what is asked for: recipe and launch config
@@ -103,15 +110,32 @@ def parse_options() -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         epilog="\n".join(["Any key of the recipe may be given here too. Those of dpo.py:", *listing(keys_of("dpo"))]),
     )
-    parser.add_argument("--config", required=True, help="the recipe")
-    parser.add_argument("--accelerate_config", required=True, help="the launch config")
+    parser.add_argument("--config", help="the recipe")
+    parser.add_argument("--accelerate_config", help="the launch config")
+    parser.add_argument("--data", help="instead of both: rows that no recipe names yet, to propose a mapping")
     parser.add_argument("--num_processes", type=int, help="in its place, as accelerate launch --num_processes")
     parser.add_argument(
         "--gpu_memory",
         type=float,
         help="of each GPU, as it is sold (80: 79.6 GiB), to compare",
     )
-    return parser.parse_known_args()
+    options, overrides = parser.parse_known_args()
+    if options.data is None:
+        missing = [key for key in ("config", "accelerate_config") if getattr(options, key) is None]
+        if missing:
+            parser.error(f"the following arguments are required: {', '.join(f'--{key}' for key in missing)}")
+    elif given := [key for key, value in vars(options).items() if key != "data" and value is not None] + overrides:
+        parser.error(f"--data stands alone; remove {given[0]}")
+    return options, overrides
+
+
+def propose_mapping(path: str) -> NoReturn:
+    import datasets
+
+    from core.planning.proposal import propose
+
+    datasets.disable_progress_bars()
+    propose(path)
 
 
 def build_anywhere(asked: Settings) -> Run:

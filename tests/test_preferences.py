@@ -233,11 +233,6 @@ def test_recipe_of_the_mixture_maps_both_sources(tmp_path):
     ]  # fmt: skip
 
 
-def test_every_layout_has_a_recipe():
-    found = {path.stem for path in (ROOT / "recipes/layouts").glob("*.yaml")}
-    assert found == {*LAYOUTS, "mixture"}
-
-
 OTHERS = {
     "trl-lib, the prompt inside chosen and rejected": (
         Columns(**PAIR, score_chosen="score_chosen", score_rejected="score_rejected"),

@@ -19,6 +19,8 @@ PAIRED = (
     ("scores", "score_chosen", "score_rejected"),
 )
 
+SINGLE = {"label", "score", "rank", "response_safe", "unfold"}  # keys that go with `response`
+
 
 def place(entry: DatasetEntry) -> str:
     """How messages name the source: the path and, where there are some, its configuration and files."""
@@ -91,7 +93,8 @@ def with_answer(entry: DatasetEntry) -> DatasetEntry:
         columns = dataclasses.replace(columns, better=columns.safer, preference=None, safer=None)
         return dataclasses.replace(entry, columns=columns, answer="chosen")
     if entry.answer == "safer" and all(
-        getattr(columns, key) is None for key in ("safe", "severity", "chosen_safe", "chosen_severity")
+        getattr(columns, key) is None
+        for key in ("safe", "severity", "chosen_safe", "chosen_severity", "response_safe")
     ):
         raise RecipeError(
             f"{place(entry)}: `answer: safer` needs columns.safer, safety labels or severities; name one of them, or "
@@ -100,11 +103,27 @@ def with_answer(entry: DatasetEntry) -> DatasetEntry:
     return entry
 
 
+def _check_single(given: set[str], where: str) -> None:
+    """The same of a mapping of single answers, which pairs are made of."""
+    pair_keys = {"chosen", "rejected", "responses", "better", "preference", *(key for keys in PAIRED for key in keys)}
+    if other := given & pair_keys:
+        raise RecipeError(
+            f"{where}: columns.response and columns.{min(other)} exclude each other; with response use label, score "
+            "or rank, and response_safe"
+        )
+    if len(given & {"label", "score", "rank"}) != 1 or "prompt" not in given:
+        raise RecipeError(f"{where}: columns.response needs columns.prompt and one of columns.label, score and rank")
+
+
 def _check_pairs(entry: DatasetEntry) -> None:
     """Refuse a mapping that contradicts itself, or leaves out what a pair needs."""
     columns, where = entry.columns, place(entry)
     given = {key for key, value in vars(columns).items() if value is not None}
-    if columns.responses is not None:
+    if columns.response is not None:
+        _check_single(given, where)
+    elif alone := given & SINGLE:
+        raise RecipeError(f"{where}: columns.{min(alone)} goes with columns.response, which isn't set; remove it")
+    elif columns.responses is not None:
         sides = {key for _, *keys in PAIRED for key in keys if isinstance(getattr(columns, key), str)}
         sides |= given & {"chosen", "rejected"}
         if sides:

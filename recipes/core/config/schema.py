@@ -14,6 +14,7 @@ SaveDtype = Literal["float32", "bfloat16", "float16"]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Texts = Annotated[list[str], Field(min_length=2)]  # columns of text that are read as one
 Two = Annotated[list[str], Field(min_length=2, max_length=2)]  # one column for each of a pair's two answers
 Severity = Annotated[int, Field(ge=0, le=3)]
 TIE = "tie"  # what a value of `columns.better` may mean in `columns.values`, beside 0 and 1
@@ -52,7 +53,12 @@ class Columns:
     number is a constant, the same for every row.
     """
 
-    prompt: str | None = key(None, "a string or a list of messages; null: what chosen and rejected share", "prompt")
+    prompt: str | Texts | None = key(
+        None,
+        "a string or a list of messages, or several strings, joined by line breaks; null: what chosen and rejected "
+        "share",
+        "[instruction, input]",
+    )
     system: str | None = key(None, "a string that leads the prompt as its system message; may be empty", "system")
     chosen: str | None = key(None, "a string, a message, or a list of messages that ends in the answer", "chosen")
     rejected: str | None = key(None, "the same of the other answer", "rejected")
@@ -65,6 +71,18 @@ class Columns:
         "by column: what its values mean, where they are not 0 and 1, true and false, or numbers; tie: neither is "
         "better; null: not known",
         "{winner: {model_a: 0, model_b: 1, both_bad: tie}}",
+    )
+    response: str | None = key(
+        None, "instead: one answer a row; the rows of one prompt become pairs, by label, score or rank", "completion"
+    )
+    label: str | None = key(
+        None, "with response: whether it is wanted; each that is goes with one that is not", "label"
+    )
+    score: str | None = key(None, "with response: a number; the highest goes with the lowest", "helpfulness")
+    rank: str | None = key(None, "with response: a number; the lowest is the best", "answers.rank")
+    response_safe: str | None = key(None, "with response: whether it is safe", "is_safe")
+    unfold: str | None = key(
+        None, "with response: a column of lists, each item of which is read as a row; dots reach into it", "answers"
     )
     chosen_safe: str | bool | None = key(None, "whether the chosen answer is safe", "true")
     rejected_safe: str | bool | None = key(None, "whether the rejected answer is safe", "true")

@@ -50,10 +50,16 @@ def sort_of(key: str) -> str | None:
     """What a key of `columns` asks of its codes; None: it reads no code."""
     if key in ("better", "safer"):
         return "better"
+    if key == "label":
+        return "safe"
     for sort in ("severity", "safe"):
         if sort in key.split("_"):
             return sort
-    return "number" if key in ("preference", "score_chosen", "score_rejected", "scores", "extra") else None
+    return (
+        "number"
+        if key in ("preference", "score", "rank", "score_chosen", "score_rejected", "scores", "extra")
+        else None
+    )
 
 
 def word(value: object) -> str:

@@ -25,13 +25,13 @@ KINDS = {
 }  # fmt: skip
 # What the column may hold that a key of `columns` names.
 ALLOWED = {
-    **dict.fromkeys(["prompt", "chosen", "rejected", "responses"], (TEXT, MESSAGE, MESSAGES)),
+    **dict.fromkeys(["prompt", "chosen", "rejected", "responses", "response"], (TEXT, MESSAGE, MESSAGES)),
     "system": (TEXT,),
     "conversation": (MESSAGES, TEXT),
     **dict.fromkeys(["better", "safer", "preference", "extra"], (NUMBER, BOOLEAN, TEXT)),
-    **dict.fromkeys(["chosen_safe", "rejected_safe", "safe"], (BOOLEAN, NUMBER, TEXT)),
+    **dict.fromkeys(["chosen_safe", "rejected_safe", "safe", "response_safe", "label"], (BOOLEAN, NUMBER, TEXT)),
     **dict.fromkeys(["chosen_severity", "rejected_severity", "severity"], (NUMBER, BOOLEAN, TEXT)),
-    **dict.fromkeys(["score_chosen", "score_rejected", "scores"], (NUMBER, BOOLEAN, TEXT)),
+    **dict.fromkeys(["score_chosen", "score_rejected", "scores", "score", "rank"], (NUMBER, BOOLEAN, TEXT)),
     "category": (TEXT, FLAGS),
     "row_id": (TEXT, NUMBER),
 }
@@ -64,7 +64,8 @@ def check_columns(rows: Dataset, columns: Columns, where: str) -> dict[str, Foun
         value = getattr(columns, key)
         for name in value if isinstance(value, list) else [value]:
             if isinstance(name, str):  # and no constant
-                column = _find(rows, key, name, wanted, columns, where)
+                several_texts = key == "prompt" and isinstance(value, list)
+                column = _find(rows, key, name, (TEXT,) if several_texts else wanted, columns, where)
                 sort, codes = sort_of(key), found[name].codes if name in found else {}
                 if sort is not None:
                     codes[sort] = code_of(rows, key, name, column.path, columns, where)
@@ -76,20 +77,29 @@ def check_columns(rows: Dataset, columns: Columns, where: str) -> dict[str, Foun
                 f"{where}: columns.values names {name!r}, which no key of `columns` reads as a code"
                 + (did_you_mean(name, coded) or "; remove it")
             )
-    if columns.conversation is None:
+    if columns.conversation is None and columns.response is None:
         _check_answers(columns, found, where)
     _check_beside(rows, columns, found, where)
     return found
 
 
 def _check_beside(rows: Dataset, columns: Columns, found: dict[str, Found], where: str) -> None:
-    for name in set(SEEN_BESIDE) & set(rows.column_names) - {column.path[0] for column in found.values()}:
+    read = [column.path for column in found.values()]
+    folders = {tuple(path[:-1]) for path in read} | {()}  # the rows themselves, and structs that a column lies in
+    fields = [
+        (*folder, name)
+        for folder in folders
+        for name in set(SEEN_BESIDE) & set(value_at(rows.features, list(folder)))
+        if not any(path[: len(folder) + 1] == [*folder, name] for path in read)
+    ]
+    for path in sorted(fields):
+        name = ".".join(path)
         if name in columns.leave_out:
             continue
         filled = sum(
-            not is_empty(value)
-            for table in rows.select_columns(name).with_format("arrow").iter(batch_size=10_000)
-            for value in table[name].to_pylist()
+            not is_empty(value_at(value, list(path[1:])))
+            for table in rows.select_columns(path[0]).with_format("arrow").iter(batch_size=10_000)
+            for value in table[path[0]].to_pylist()
         )
         if filled:
             way = "name it by columns.system, or " if name == "system" else "prompts and answers are text alone; "
@@ -186,8 +196,9 @@ class BadRow(Exception):
 class Row:
     """A row of a source, read by the names of its columns. Every method raises BadRow where a value is of no use."""
 
-    def __init__(self, values: dict, columns: Columns, found: dict[str, Found]) -> None:
+    def __init__(self, values: dict, columns: Columns, found: dict[str, Found], other: "Row | None" = None) -> None:
         self.values, self.columns, self.found = values, columns, found
+        self.other = other or self  # the row that holds the rejected answer, where each answer has one
 
     def value(self, name: str) -> object:
         """The value of a column; null as None."""

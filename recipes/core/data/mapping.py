@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 import pyarrow as pa
-from datasets import Features
+from datasets import Dataset, Features
 
 from core.config.entries import PAIRED
 from core.config.schema import TIE, Columns, Turns
@@ -34,6 +34,7 @@ def map_batch(
     found: dict[str, Found],
     constants: dict[str, str],
     features: Features,
+    others: Dataset | None = None,
 ) -> pa.Table:
     """
     Rows through `read`, with their `row_id`; of a bad one nothing but that and its `fault`.
@@ -46,10 +47,14 @@ def map_batch(
         found: the columns that the mapping names, by the name.
         constants: what is the same in all rows: `source` and `role`.
         features: of the rows that come out.
+        others: the rows of the rejected answers, by position, where each answer has a row.
     """
     source, mapped = constants["source"], []
-    for number, cells in zip(numbers[positions].tolist(), zip(*batch.values(), strict=True), strict=True):
-        row = Row(dict(zip(batch, cells, strict=True)), columns, found)
+    rows = [Row(values, columns, found) for values in _by_row(batch)]
+    if others is not None:
+        for row, values in zip(rows, _by_row(others[positions]), strict=True):
+            row.other = Row(values, columns, found)
+    for number, row in zip(numbers[positions].tolist(), rows, strict=True):
         values = {"row_id": f"{source}:null"}
         try:
             values["row_id"] = f"{source}:{row.row_id(number)}"
@@ -58,6 +63,10 @@ def map_batch(
             values["fault"] = str(bad)
         mapped.append(values)
     return pa.Table.from_pylist(mapped, schema=features.arrow_schema)
+
+
+def _by_row(batch: dict[str, list]) -> list[dict]:
+    return [dict(zip(batch, cells, strict=True)) for cells in zip(*batch.values(), strict=True)]
 
 
 # How the facts of `entries.PAIRED` are read, by the key that goes with `responses`.
@@ -72,7 +81,7 @@ def read_pair(row: Row) -> dict:
     """The columns of `preferences.FEATURES` that differ from row to row, and the `extra` ones."""
     columns = row.columns
     first, second = columns.responses or (columns.chosen, columns.rejected)
-    (head, first_answer), (other_head, second_answer) = _split_answer(row, first), _split_answer(row, second)
+    (head, first_answer), (other_head, second_answer) = _split_answer(row, first), _split_answer(row.other, second)
     if head != other_head:
         raise BadRow(f"`{first}` and `{second}` have different prompts")
     prompt = _led_by_system(row, _prompt(row, head, first))
@@ -90,7 +99,10 @@ def read_pair(row: Row) -> dict:
     for both, *keys in PAIRED:
         names = getattr(columns, both)
         sides = names or [getattr(columns, key) for key in keys]
-        pair = [READERS[both](row, side) if isinstance(side, str) else side for side in sides]
+        pair = [
+            READERS[both](row_of, side) if isinstance(side, str) else side
+            for row_of, side in zip((row, row.other), sides, strict=True)
+        ]
         values |= zip(keys, _in_order(pair, swap) if names else pair, strict=True)
     if columns.better is None and columns.preference is None:  # else these put the answers in order, not their scores
         tie = values["score_chosen"] is not None and values["score_chosen"] == values["score_rejected"]
@@ -138,7 +150,7 @@ def _conversation(row: Row, name: str, role: str) -> list[Message]:
     value, kind, turns = row.value(name), row.found[name].kind, row.columns.turns
     if value is None:
         raise BadRow(f"`{name}` is null")
-    if kind == TEXT and not turns:
+    if kind == TEXT and (not turns or name == row.columns.response):
         return [{"role": role, "content": value}]
     if kind == TEXT:
         preamble, messages = _cut_transcript(value, turns)
@@ -214,7 +226,12 @@ def _prompt(row: Row, head: list[Message], answer_name: str) -> list[Message]:
         if not head:
             raise BadRow(f"`{answer_name}` has no prompt before its answer")
         return head
+    if isinstance(name, list):
+        texts = [row.value(part) or "" for part in name]
+        return [{"role": "user", "content": "\n".join(filter(None, texts))}]
     prompt = _conversation(row, name, "user")
+    if row.columns.turns and prompt[-1] == {"role": "assistant", "content": ""}:
+        prompt.pop()  # the marker that asks for the answer
     if row.found[name].kind == TEXT and not row.columns.turns:
         agree = prompt[0]["content"] in [message["content"] for message in head]
     else:

@@ -14,10 +14,11 @@ from datasets import Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 
 from core.config.entries import check_conversations, check_preferences, place, source_names, with_answer
-from core.config.schema import DatasetEntry
+from core.config.schema import Columns, DatasetEntry
 from core.data.caches import mapped
-from core.data.columns import Row, check_columns
+from core.data.columns import Found, Row, check_columns
 from core.data.mapping import map_batch, read_answer, read_conversation, read_pair
+from core.data.pairing import ROW, as_pair, pair_rows, unfolded
 from core.data.sources import draw_fraction, load_rows, not_text
 from core.runtime.environment import code_digest
 from core.runtime.errors import RecipeError
@@ -47,7 +48,9 @@ BadRows = list[dict[str, str]]  # row_id, source and reason of each row that `ba
 ROWS_NAMED = 5  # rows that a message names before it only counts
 WORKER_ROWS = 10_000  # rows that are worth a process of their own
 # Part of every cache key, so that rows which other code has mapped are never read back.
-CODE = code_digest("data/preferences", "data/mapping", "data/columns", "data/codings", "config/entries")
+CODE = code_digest(
+    "data/preferences", "data/mapping", "data/columns", "data/codings", "data/pairing", "config/entries"
+)
 
 
 def load_preferences(entries: list[DatasetEntry], seed: int, num_proc: int | None = None) -> tuple[Dataset, BadRows]:
@@ -176,14 +179,22 @@ def _map_rows(
     features: Features,
 ) -> tuple[Dataset, BadRows]:
     where, columns = place(entry), entry.columns
+    if columns.unfold is not None:
+        rows = unfolded(rows, columns.unfold, where)
+    if columns.response is not None:
+        columns = as_pair(columns)
     found = check_columns(rows, columns, where)
-    numbers = np.arange(len(rows))
+    numbers, others, unpaired = np.arange(len(rows)), None, []
+    if columns.response is not None:
+        rows, others, numbers, unpaired = _pairs(rows, entry, columns, found, source)
     if entry.fraction is not None and entry.fraction < 1:
-        numbers = draw_fraction(len(rows), entry.fraction, seed, source)
-        if not len(numbers):
+        drawn = draw_fraction(len(rows), entry.fraction, seed, source)
+        if not len(drawn):
             raise RecipeError(f"{where}: `fraction: {entry.fraction}` of {len(rows)} rows leaves none; raise it")
-        rows = rows.select(numbers)
-    rows = rows.select_columns(sorted({column.path[0] for column in found.values()}))
+        rows, numbers = rows.select(drawn), numbers[drawn]
+        others = others and others.select(drawn)
+    names = sorted({column.path[0] for column in found.values()})
+    rows, others = rows.select_columns(names), others and others.select_columns(names)
     workers = min(num_proc or 1, max(1, len(rows) // WORKER_ROWS))
     settings = {"columns": columns, "found": found, "constants": {"source": source, "role": entry.role}}
     features = Features({**features, "row_id": Value("string"), "fault": Value("string")})
@@ -195,10 +206,12 @@ def _map_rows(
         with_indices=True,
         remove_columns=rows.column_names,
         features=features,
-        fn_kwargs=settings | {"read": read, "numbers": numbers, "features": features},
+        fn_kwargs=settings | {"read": read, "numbers": numbers, "features": features, "others": others},
         num_proc=workers if workers > 1 else None,
         # What the rows are made of decides, not how Python happens to pickle it.
-        new_fingerprint=Hasher.hash([rows._fingerprint, CODE, list(features), entry.answer, settings]),
+        new_fingerprint=Hasher.hash(
+            [rows._fingerprint, others and others._fingerprint, CODE, list(features), entry.answer, settings]
+        ),
         desc=f"rows of {source}",
     )
     if columns.row_id is not None:
@@ -206,11 +219,36 @@ def _map_rows(
     is_bad = np.array(mapped_rows.data.column("fault").is_valid())
     mapped_rows, bad = mapped_rows.remove_columns("fault"), mapped_rows.select(np.flatnonzero(is_bad))
     if not len(bad):
-        return mapped_rows, []
+        return mapped_rows, unpaired
     if entry.bad_rows == "error" or len(bad) == len(mapped_rows):
         raise RecipeError(f"{where}: {_summary(bad['fault'][:], numbers[is_bad], len(mapped_rows))}")
     dropped = [{"row_id": row["row_id"], "source": source, "reason": row["fault"]} for row in bad]
-    return mapped_rows.select(np.flatnonzero(~is_bad)), dropped
+    return mapped_rows.select(np.flatnonzero(~is_bad)), unpaired + dropped
+
+
+def _pairs(
+    rows: Dataset, entry: DatasetEntry, columns: Columns, found: dict[str, Found], source: str
+) -> tuple[Dataset, Dataset, np.ndarray, BadRows]:
+    """The rows of the chosen and of the rejected answers, what each pair is called, and the rows in no pair."""
+    pairing = pair_rows(rows, columns, found)
+    left_out = pairing.left_out + pairing.faults
+    if pairing.faults and entry.bad_rows == "error":
+        positions, reasons = zip(*pairing.faults, strict=True)
+        raise RecipeError(f"{place(entry)}: {_summary(list(reasons), np.array(positions), len(rows))}")
+    if not len(pairing.chosen):
+        counts = Counter(reason for _, reason in left_out)
+        raise RecipeError(
+            f"{place(entry)}: no two of {len(rows):,} answers make a pair "
+            f"({'; '.join(f'{reason}: {count:,}' for reason, count in counts.items())})"
+        )
+    called = np.arange(len(rows)).astype(str)
+    if columns.unfold is not None:
+        lists = np.array(rows[ROW])
+        items = np.arange(len(rows)) - np.searchsorted(lists, lists)
+        called = np.array([f"{row}.{item}" for row, item in zip(lists, items, strict=True)])
+    numbers = np.array([f"{called[a]}+{called[b]}" for a, b in zip(pairing.chosen, pairing.rejected, strict=True)])
+    dropped = [{"row_id": f"{source}:{called[row]}", "source": source, "reason": reason} for row, reason in left_out]
+    return rows.select(pairing.chosen), rows.select(pairing.rejected), numbers, dropped
 
 
 def _check_row_ids(ids: list[str], name: str, where: str) -> None:
