@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig
 
 from conftest import build_model, build_tokenizer
 from core.config.schema import Replay
-from core.modeling.policy import check_learning, load_policy, verify_saved
+from core.modeling.policy import check_learning, load_policy
 from core.modeling.precision import (
     TwoPartLinear,
     check_save_dtype,
@@ -267,7 +267,7 @@ def test_weights_that_rounding_would_hide_are_proven_too(half_folder, tmp_path):
 def test_an_adapter_is_proven_alone(half_folder, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, half_folder, lora=LORA, max_steps=1)
     trainer.train()
-    monkeypatch.setattr("core.modeling.policy.load_saved", None)  # no second model
+    monkeypatch.setattr("core.modeling.proof.load_saved", None)  # no second model
     verify_saved(str(tmp_path / "run"), trainer.begun_from, trainer.model, trainer.accelerator, [[5, 9]])
     with torch.no_grad():
         next(weight for weight in trainer.model.parameters() if weight.requires_grad)[0, 0] += 1e-3

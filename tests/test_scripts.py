@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from trl import ModelConfig
 
 from conftest import WORDS, build_model
-from core.modeling.policy import verify_saved
+from core.modeling.proof import verify_saved
 from core.runtime.errors import RecipeError
 from core.runtime.run_lock import hold, release
 from processes import run_script, script_says

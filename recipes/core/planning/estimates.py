@@ -139,7 +139,8 @@ def inspect_memory(
     live = resolved.kind == "dpo" and not (
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
     )
-    work = Work(launch, precision, args.optim, live)
+    adapter = bool(resolved.model.use_peft)
+    work = Work(launch, precision, args.optim, live, adapter, model.quantised, model.quantised_bytes)
     try:
         traced, proof = trace(args, launch, model, batch, precision)
     except Exception as error:  # of a model that torch cannot run without values; the run itself is none the worse
@@ -153,6 +154,8 @@ def inspect_memory(
     most = "rank 0" if largest.name == PROOF and launch.world_size > 1 else f"each {device}"
     share = model.trained / model.total
     print(f"\nParameters: {model.total:,}, of which {model.trained:,} are trained ({share:.1%})")
+    if model.quantised:
+        print(f"Quantised: {model.quantised:,} of them, {model.quantised_bytes / model.quantised:.3f} bytes each")
 
     def line(part: Part) -> list[str]:
         return [part.name + (" (on the host)" if part.on_host else ""), part.formula, f"{part.bytes / GIB:.2f}"]
