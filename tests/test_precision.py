@@ -22,6 +22,7 @@ from core.modeling.precision import (
     moves,
     precision_of,
 )
+from core.modeling.proof import verify_saved
 from core.modeling.reference_cache import open_cache
 from core.objective.presets import Margin
 from core.runtime.errors import RecipeError

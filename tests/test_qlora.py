@@ -127,7 +127,7 @@ def test_eight_bits_pad_their_pairs(folder, tmp_path):
     ids=["nested", "", "fp4", "8"],
 )
 def test_bytes_are_those_of_the_loaded_model(tmp_path, keys):
-    """Which layers, and what their weights and constants take, known from the config alone; but for two code tables."""
+    """Which layers, and what their weights and constants take, known from the config; but for two code tables."""
     wide = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_hidden_layers": 1}
     folder = str(save_architecture(tmp_path / "wide", "llama", **wide))
     model, loaded = load(folder, tmp_path, **keys)

@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
@@ -32,13 +28,11 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from core.modeling.dropout import disable_dropout
 from core.modeling.parameters import select_parameters
 from core.modeling.precision import (
-    HALF,
     Precision,
     asked_dtype,
     check_save_dtype,
     check_steps,
     hold,
-    in_one_part,
     precision_of,
     stored_dtype,
 )

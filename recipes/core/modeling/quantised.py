@@ -1,13 +1,13 @@
 """
 Frozen linear layers of 4 or 8 bits under LoRA, by bitsandbytes: QLoRA (arXiv 2305.14314) and LLM.int8 (2208.07339).
 
-Of 4 bits a layer computes with its dequantised weights, in the dtype of the forward, so that a token's numbers are its
-own and pairs may share their prompts. Of 8 bits it rounds activations to 8 bits too, but for columns in which any token
-of the batch has an outlier: there the numbers of a token hang on its neighbours. Pairs are padded, as stock TRL has
-them, and the reference sees each batch with the policy, so that before the first update the two are the same.
+Of 4 bits a layer computes with its dequantised weights, in the dtype of the forward: a token's numbers are its own,
+and pairs may share their prompts. Of 8 bits it rounds activations too, but for columns in which any token of the batch
+has an outlier: there the numbers of a token hang on its neighbours. So pairs are padded, as stock TRL has them, and the
+reference sees each batch with the policy: before the first update the two are the same.
 
-The embeddings, the head and the norms stay as `precision` has them, and so does what is no linear layer: the experts of
-a mixture, which are one tensor.
+The embeddings, the head and the norms stay as `precision` has them, and so does what is no linear layer: the experts
+of a mixture, which are one tensor.
 """
 
 import copy
@@ -18,7 +18,8 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.quantizers import AutoHfQuantizer
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from trl import ModelConfig
 
 from core.config.trl_keys import BITSANDBYTES
@@ -67,15 +68,16 @@ def quantised_layers(empty: PreTrainedModel, settings: BitsAndBytesConfig) -> Qu
     import bitsandbytes  # only here: most runs do without
 
     trial = copy.deepcopy(empty)
-    AutoHfQuantizer.from_config(settings, pre_quantized=False).preprocess_model(trial, device_map=None)
+    quantizer = Bnb4BitHfQuantizer if settings.load_in_4bit else Bnb8BitHfQuantizer
+    quantizer(settings, pre_quantized=False).preprocess_model(trial, device_map=None)
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return {name: empty.get_submodule(name) for name, module in trial.named_modules() if isinstance(module, kinds)}
 
 
 def stored_bytes(layers: Quantised, model: ModelConfig) -> int:
     """
-    Bytes of quantised weights. Of 4 bits: half a byte each, and a constant for each 64, of 4 bytes, or of one byte with
-    4 for each 256 constants: 0.516 bytes a weight. Of 8 bits: one each, and 4 for each output.
+    Bytes of quantised weights. Of 4 bits: half a byte each, and a constant for each 64, of 4 bytes; or of one byte,
+    with 4 for each 256 constants: 0.516 bytes a weight. Of 8 bits: one each, and 4 for each output.
     """
     total = 0
     for layer in layers.values():

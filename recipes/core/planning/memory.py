@@ -20,13 +20,13 @@ trained weights), else 4:
     | optimizer        | 4·k·P / n           | 4·k·P / n                                        |
     | reduction bucket | 5·10⁸·w             | (5·10⁸ + min(P, 5·10⁸))·w                        |
 
-LoRA's adapters are P like any other; over weights of 4 or 8 bits those take 0.516 bytes each, 1 and a little
+LoRA's adapters are P like any other; over weights of 4 or 8 bits those take 0.516 bytes each, or 1 and a little
 (modeling/quantised.py), and a layer's are made wide for each product, which the trace has. An AdamW of 8 bits has a
-byte and a constant for each 256 of them in the place of each state's 4 bytes; a paged one is counted as if it stayed. DDP keeps each gradient a second time, in its buckets. A live reference is held
-as the policy is. ZeRO-3 releases a gathered weight only when another 10⁹ elements are alive
-(stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. Its
-reduce-scatter copies what the bucket holds. An offloaded optimizer takes its masters and states to the host, and the
-gradients with them.
+byte and a constant for each 256 of them in the place of each state's 4 bytes; a paged one is counted as if it stayed.
+DDP keeps each gradient a second time, in its buckets. A live reference is held as the policy is. ZeRO-3 releases a
+gathered weight only when another 10⁹ elements are alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that
+a small model is whole on each device. Its reduce-scatter copies what the bucket holds. An offloaded optimizer takes
+its masters and states to the host, and the gradients with them.
 
 On top come, never at once:
 
