@@ -3,8 +3,8 @@ Frozen linear layers of 4 or 8 bits under LoRA, by bitsandbytes: QLoRA (arXiv 23
 
 Of 4 bits a layer computes with its dequantised weights, in the dtype of the forward: a token's numbers are its own,
 and pairs may share their prompts. Of 8 bits it rounds activations too, but for columns in which any token of the batch
-has an outlier: there the numbers of a token hang on its neighbours. So pairs are padded, as stock TRL has them, and the
-reference sees each batch with the policy: before the first update the two are the same.
+has an outlier: there the numbers of a token hang on its neighbours. So pairs are padded, as stock TRL has them, and
+the reference sees each batch with the policy: before the first update the two are the same.
 
 The embeddings, the head and the norms stay as `precision` has them, and so does what is no linear layer: the experts
 of a mixture, which are one tensor.

@@ -142,7 +142,7 @@ def inspect_memory(
     adapter = bool(resolved.model.use_peft)
     work = Work(launch, precision, args.optim, live, adapter, model.quantised, model.quantised_bytes)
     try:
-        traced, proof = trace(args, launch, model, batch, precision)
+        traced, proof = trace(args, launch, model, batch, precision, whole=not adapter or launch.zero_stage == 3)
     except Exception as error:  # of a model that torch cannot run without values; the run itself is none the worse
         findings.note(f"memory: could not be traced: {first_line(error)}; the peak below is without activations")
         traced = proof = 0
@@ -176,9 +176,17 @@ def inspect_memory(
 
 
 def trace(
-    args: DPOConfig | SFTConfig, launch: Launch, model: Skeleton, batch: MicroBatch, precision: Precision
+    args: DPOConfig | SFTConfig,
+    launch: Launch,
+    model: Skeleton,
+    batch: MicroBatch,
+    precision: Precision,
+    whole: bool,
 ) -> tuple[int, int]:
-    """Bytes of the largest micro-batch, and of the proof of what was saved; the skeleton is of no use after it."""
+    """
+    Bytes of the largest micro-batch, and of the proof of what was saved, which runs a model where that is saved whole;
+    the skeleton is of no use after it.
+    """
     fake = FakeModel(model)
     kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
     traced = fake.trace(
@@ -188,7 +196,7 @@ def trace(
         accumulates=args.gradient_accumulation_steps > 1,
         autocast=precision.autocast and torch.bfloat16,  # of fp16's size, which no CPU trace computes in,
     )
-    return traced, fake.trace_proof(batch.longest)
+    return traced, fake.trace_proof(batch.longest) if whole else 0
 
 
 def inspect_disk(
