@@ -178,7 +178,7 @@ def test_what_is_trained_is_float32_and_moves(trained, precompute, sharing, half
     first = trainer.state.log_history[0]
     assert abs(first["rewards/margins"]) <= (0.02 if precompute else 0.0)
     assert first["loss"] == pytest.approx(0.693147, abs=0.01 if precompute else 1e-6)
-    moved = total = 0
+    moved = {}
     for name, weight in weights.items():
         assert weight.dtype == (FP32 if weight.requires_grad else BF16), name
         if not weight.requires_grad:
@@ -186,9 +186,11 @@ def test_what_is_trained_is_float32_and_moves(trained, precompute, sharing, half
         elif (
             "embed" not in name and "lora_A" not in name
         ):  # rows of unseen tokens have no gradient; nor has A, as B = 0
-            moved += int((weight != before[name]).sum())
-            total += weight.numel()
-    assert trained == ["embed"] or moved / total >= 0.9
+            moved.setdefault("norm" in name, []).append((weight != before[name]).flatten())
+    # Norms begin at 1, where float32 numbers are 6e-8 and 1.2e-7 apart: some steps of 5e-7 lead back to it.
+    for norms, differs in moved.items():
+        assert torch.cat(differs).double().mean() >= (0.9 if norms else 0.95)
+    assert moved or trained == ["embed"]
 
 
 def test_a_run_goes_on_bit_for_bit(half_folder, tmp_path):

@@ -127,7 +127,6 @@ def open_model(
     attempt(check_start, model, zero_stage)
     attempt(check_launch, model, args.optim, bool(zero_stage))
     attempt(skeleton.check_stored, config, path)
-    attempt(skeleton.check_tensors, model)
     note = attempt(skeleton.check_generation, model)
     if tokenizer is not None:
         attempt(check_config, config, tokenizer, args)
@@ -135,6 +134,7 @@ def open_model(
     if causal_lm is None:
         return Opened(None, tokenizer, precision, note)
     attempt(skeleton.check_positions, causal_lm, args.max_length, path)
+    attempt(skeleton.check_tensors, model)
     chosen = attempt(skeleton.choose, causal_lm, model, patterns, precision)
     if chosen is not None and trains:
         attempt(skeleton.check_trains, chosen, args, path)
