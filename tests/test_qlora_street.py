@@ -42,13 +42,17 @@ def answers(number: int) -> list[list[dict[str, str]]]:
     ]
 
 
-@pytest.fixture(scope="module")
-def ultrafeedback(tmp_path_factory) -> str:
+def write_pairs(folder: Path) -> str:
     rows = [
         {"chosen": chosen, "rejected": rejected, "score_chosen": 8.0, "score_rejected": 3.0}
         for chosen, rejected in map(answers, range(40))
     ]
-    return lines(tmp_path_factory.mktemp("rows") / "ultrafeedback.jsonl", rows)
+    return lines(folder / "ultrafeedback.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def ultrafeedback(tmp_path_factory) -> str:
+    return write_pairs(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def open_model(
         zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
     precision = precision_of(asked_dtype(model, config), mixed, bool(zero_stage))
     attempt(check_start, model, zero_stage)
-    attempt(check_launch, model, args.optim, bool(zero_stage))
+    attempt(check_launch, model, args.optim.value, bool(zero_stage))
     attempt(skeleton.check_stored, config, path)
     note = attempt(skeleton.check_generation, model)
     if tokenizer is not None:
