@@ -48,8 +48,14 @@ def allocated(patterns, checkpointing: bool) -> int:
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    examples = [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in PAIRS]
-    batch = PrefixSharedCollator()(examples)
+    return peak_allocated(model, PrefixSharedCollator()(examples_of(PAIRS)))
+
+
+def examples_of(lengths) -> list[dict[str, list[int]]]:
+    return [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in lengths]
+
+
+def peak_allocated(model, batch) -> int:
     # A model with another forward is a circle: collected under the profiler, those of earlier tests would give back
     # gradients that it has seen made, and the peak would be too low by them.
     gc.collect()
