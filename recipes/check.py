@@ -78,8 +78,8 @@ def main() -> None:
     if checkpoint is not None:
         findings.attempt(check_fits, checkpoint, asked_of(launch, args))
     inspection.show_network(resolved)
-    mixed, deepspeed = mixed_precision(asked, launch), bool(launch.zero_stage)
-    model, tokenizer, precision, _ = inspection.inspect_model(resolved, mixed, deepspeed, findings)
+    mixed = mixed_precision(asked, launch)
+    model, tokenizer, precision, _ = inspection.inspect_model(resolved, mixed, launch.zero_stage, findings)
 
     # ---------------------------------------------------------------- rows, batch, steps
     end_to_end = False

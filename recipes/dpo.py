@@ -21,9 +21,10 @@ def main() -> None:
 
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.modeling.parameters import lora_config
-    from core.modeling.policy import load_policy, share_prefixes, verify_saved
+    from core.modeling.policy import load_policy, share_prefixes
+    from core.modeling.proof import verify_saved
     from core.modeling.reference import reference_gaps
-    from core.modeling.reference_cache import open_cache
+    from core.modeling.reference_cache import open_cache, weights_digest
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_selection
     from core.runtime.ranks import agree, rank
@@ -89,6 +90,8 @@ def main() -> None:
     )
     trainer.recipe, trainer.rows_digest = resolved.values, rows_digest
     trainer.begun_from, trainer.save_dtype = resolved.model, recipe.save_dtype
+    if resolved.model.use_peft and not cached:
+        trainer.base_digest = weights_digest(resolved.model.model_name_or_path, resolved.model.model_revision)
     if checkpoint is not None:
         check_fits(checkpoint, launched_as(trainer))
 

@@ -32,7 +32,7 @@ def main() -> None:
     tokenizer = open_model(resolved).tokenizer
     prompts = read_prompts(recipe.prompts) if recipe.prompts else []
     trained = recipe.trainable_parameters
-    model = load_policy(resolved.model, trained, args)
+    model = load_policy(resolved.model, trained, args, trains=False)
 
     # ---------------------------------------------------------------- preference rows
     entries = recipe.eval_datasets or recipe.datasets
@@ -42,7 +42,7 @@ def main() -> None:
             show_selection(pairs, recipe.margin, args.beta, "evaluation")
         reference = None
         if recipe.reference_model:
-            reference = load_policy(resolved.model, trained, args, recipe.reference_model)
+            reference = load_policy(resolved.model, trained, args, recipe.reference_model, trains=False)
         args.precompute_ref_log_probs = False
         trainer = ShiftedMarginTrainer(
             model=model,

@@ -23,7 +23,9 @@ def main() -> None:
     from core.data.tokens import ids_digest, lead_with
     from core.modeling.padding_free import omits_padding
     from core.modeling.parameters import lora_config
-    from core.modeling.policy import load_policy, verify_saved
+    from core.modeling.policy import load_policy
+    from core.modeling.proof import verify_saved
+    from core.modeling.reference_cache import weights_digest
     from core.planning.disk import check_room
     from core.reporting.results import finish, show_lengths
     from core.runtime.ranks import agree, caches_in_turn, rank
@@ -62,6 +64,8 @@ def main() -> None:
         )
     trainer.recipe, trainer.rows_digest = resolved.values, ids_digest(trainer.train_dataset, ["input_ids"])
     trainer.begun_from, trainer.save_dtype = resolved.model, recipe.save_dtype
+    if resolved.model.use_peft:  # a checkpoint has the adapter alone
+        trainer.base_digest = weights_digest(resolved.model.model_name_or_path, resolved.model.model_revision)
     agree("conversations", trainer.rows_digest)
     if rank() == 0:
         show_lengths(trainer, len(train))

@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
 from trl import ModelConfig
 
+from conftest import build_model
 from core.config.schema import DatasetEntry
 from core.data.sources import load_rows
 from core.modeling.policy import load_model
@@ -58,7 +61,7 @@ def test_nothing_else_loads():
     own = RECIPES / "core/runtime/loading.py"
     others = {str(path.relative_to(RECIPES)): loader_calls(path.read_text()) for path in modules if path != own}
     assert {name: calls for name, calls in others.items() if calls} == {}
-    assert len(loader_calls(own.read_text())) == 8
+    assert len(loader_calls(own.read_text())) == 9
 
 
 @pytest.mark.parametrize(
@@ -157,6 +160,26 @@ def test_weights_in_a_pickle_are_not_read(model_folder, tmp_path, marker):
     with pytest.raises(RecipeError, match="model .* cannot be loaded"):
         loading.causal_lm(str(tmp_path / "model"))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["", "4 bits"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_weights_that_are_in_no_file_are_named(tied, quantised, tmp_path):
+    """transformers draws them at random, and warns; a head that is the embedding is missing by right."""
+    build_model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    options = {}
+    if quantised:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert ("lm_head.weight" in weights) is not tied
+    loading.causal_lm(str(tmp_path), **options)
+    lost = [f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("down", "up")]
+    for name in lost:
+        weights.pop(name)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    told = "4 of its tensors are in none of its files: " + ", ".join(sorted(lost)[:3]) + ", …"
+    with pytest.raises(RecipeError, match=told):
+        loading.causal_lm(str(tmp_path), **options)
 
 
 @pytest.fixture

@@ -81,6 +81,20 @@ def test_down_proj_of_a_7b_on_one_gpu():
     assert sum(parts.values()) == 40_790_138_880
 
 
+def test_qlora_by_hand():
+    """
+    Of 1,000 elements 800 are in 4 bits (0.516 bytes: 413), 100 frozen ones in 16 and 100 trained in 32; an Adam of 8
+    bits has two states of a byte and 4/256 bytes of constants. The proof reads the adapter again, no model.
+    """
+    work = Work(Launch("x", "NO", 1), MIXED, "paged_adamw_8bit", adapter=True, quantised=800, quantised_bytes=413)
+    assert by_name(states(1000, 100, work)) == {
+        "weights": 100 * 2 + 100 * 4 + 413, "gradients": 400, "optimizer": pytest.approx(100 * 2 * (1 + 4 / 256)),
+    }  # fmt: skip
+    assert by_name(phases(1000, 100, 123, 0, work)) == {"forward and backward": 123, PROOF: 400}
+    zero3 = Work(ZERO3, UNDER_DEEPSPEED, "adamw_torch", adapter=True)
+    assert by_name(phases(1000, 100, 123, 456, zero3))[PROOF] == 2000 + 456, "under ZeRO-3 the model is loaded"
+
+
 def test_zero3_in_float32_shares_its_masters():
     """The split weights are float32 themselves; on a CPU a bucket takes what it holds."""
     launch = Launch("x", "DEEPSPEED", 2, zero_stage=3, use_cpu=True)

@@ -45,9 +45,10 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "
 
 
 def pairs_loss(model):
-    examples = [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in PAIRS]
-    batch = PrefixSharedCollator()(examples)
+    return gap_loss(model, PrefixSharedCollator()(examples_of(PAIRS)))
 
+
+def gap_loss(model, batch):
     def loss():
         outputs = pair_logps(model, batch)
         return (outputs.chosen_logps - outputs.rejected_logps).sum()
@@ -69,7 +70,14 @@ def allocated(patterns, checkpointing: bool, loss_of) -> int:
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     model.train()
-    loss = loss_of(model)
+    return peak_allocated(loss_of(model))
+
+
+def examples_of(lengths) -> list[dict[str, list[int]]]:
+    return [{"prompt_ids": [5] * k, "chosen_ids": [6] * n, "rejected_ids": [7] * m} for k, n, m in lengths]
+
+
+def peak_allocated(loss) -> int:
     # A model with another forward is a circle: collected under the profiler, those of earlier tests would give back
     # gradients that it has seen made, and the peak would be too low by them.
     gc.collect()

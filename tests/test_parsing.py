@@ -351,6 +351,56 @@ def test_lora_dropout_is_what_the_adapters_have(write, kind, arguments, dropout)
         assert resolve(kind, argv, world_size=1).model.get("lora_dropout") == dropout
 
 
+ON_AN_ADAPTER = "has no effect: model_name_or_path is an adapter"
+OWN_REFERENCE = "is its own reference only before it is trained"
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "told"),
+    [
+        ("dpo", "--load_in_4bit true", "load_in_4bit: quantised weights are not trained; set use_peft: true"),
+        ("sft", "--load_in_8bit true", "load_in_8bit: quantised weights are not trained; set use_peft: true"),
+        ("dpo", "--use_peft true --load_in_4bit true --load_in_8bit true", "load_in_8bit: load_in_4bit is true as"),
+        ("dpo", "--use_peft true --bnb_4bit_quant_type fp4", "bnb_4bit_quant_type: has no effect without load_in_4"),
+        ("dpo", "--use_peft true --use_bnb_nested_quant true", "use_bnb_nested_quant: has no effect without load_in"),
+        ("dpo", "--bnb_4bit_quant_storage uint8", "bnb_4bit_quant_storage: weights of 4 bits are stored in bytes"),
+        ("dpo", "--optim paged_adamw_8bit", "optim: paged_adamw_8bit pages a GPU's memory, and use_cpu is true; take"),
+        (
+            "dpo",
+            "--use_peft true --load_in_8bit true --precompute_ref_log_probs true",
+            "precompute_ref_log_probs: with load_in_8bit a row's numbers depend on its batch",
+        ),
+        ("dpo", "--model_name_or_path HERE --use_peft true --lora_r 8", f"lora_r: {ON_AN_ADAPTER}"),
+        ("sft", "--model_name_or_path HERE --use_peft true --use_dora true", f"use_dora: {ON_AN_ADAPTER}"),
+        (
+            "dpo",
+            "--model_name_or_path HERE --use_peft true --trainable_parameters q_proj",
+            f"trainable_parameters: {ON_AN_ADAPTER}",
+        ),
+        ("dpo", "--model_name_or_path HERE --use_peft true --precompute_ref_log_probs false", OWN_REFERENCE),
+        ("dpo", "--model_name_or_path HERE --use_peft true --load_in_8bit true", OWN_REFERENCE),
+    ],
+)
+def test_what_adapters_and_quantised_weights_cannot_have(write, tmp_path, kind, arguments, told):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    argv = ["--config", write({"dpo": DPO, "sft": SFT}[kind]), *arguments.replace("HERE", str(tmp_path)).split()]
+    assert told in refusal(kind, argv)
+
+
+def test_what_follows_from_quantised_weights(write):
+    """Constants of 4 bits are quantised too; in 8 bits the reference is live; an evaluation needs no use_peft."""
+    argv = ["--config", write(DPO), "--use_peft", "true"]
+    four = resolve("dpo", [*argv, "--load_in_4bit", "true"], world_size=1)
+    assert four.model["use_bnb_nested_quant"] and four.training["precompute_ref_log_probs"]
+    assert four.values["use_bnb_nested_quant"], "recipe.yaml says it"
+    plain = resolve("dpo", [*argv, "--load_in_4bit", "true", "--use_bnb_nested_quant", "false"], world_size=1)
+    assert not plain.model["use_bnb_nested_quant"]
+    eight = resolve("dpo", [*argv, "--load_in_8bit", "true"], world_size=1)
+    assert not eight.training["precompute_ref_log_probs"]
+    assert any("a row's numbers depend on its batch" in line for line in eight.announcements)
+    resolve("evaluate", ["--config", write(DPO), "--load_in_4bit", "true"], world_size=1)
+
+
 def test_keys_of_the_recipe_come_before_the_preset(write):
     argv = ["--config", write(DPO), "--margin.preset", "safedpo", "--margin.a", "5", "--beta", "0.3"]
     argv += ["--learning_rate", "1e-5", "--selection.labels", "helpful"]

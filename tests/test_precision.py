@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig
 
 from conftest import build_model, build_tokenizer
 from core.config.schema import Replay
-from core.modeling.policy import check_learning, load_policy, verify_saved
+from core.modeling.policy import check_learning, load_policy
 from core.modeling.precision import (
     TwoPartLinear,
     check_save_dtype,
@@ -22,6 +22,7 @@ from core.modeling.precision import (
     moves,
     precision_of,
 )
+from core.modeling.proof import verify_saved
 from core.modeling.reference_cache import open_cache
 from core.objective.presets import Margin
 from core.runtime.errors import RecipeError
@@ -177,7 +178,7 @@ def test_what_is_trained_is_float32_and_moves(trained, precompute, sharing, half
     first = trainer.state.log_history[0]
     assert abs(first["rewards/margins"]) <= (0.02 if precompute else 0.0)
     assert first["loss"] == pytest.approx(0.693147, abs=0.01 if precompute else 1e-6)
-    moved = total = 0
+    moved = {}
     for name, weight in weights.items():
         assert weight.dtype == (FP32 if weight.requires_grad else BF16), name
         if not weight.requires_grad:
@@ -185,9 +186,11 @@ def test_what_is_trained_is_float32_and_moves(trained, precompute, sharing, half
         elif (
             "embed" not in name and "lora_A" not in name
         ):  # rows of unseen tokens have no gradient; nor has A, as B = 0
-            moved += int((weight != before[name]).sum())
-            total += weight.numel()
-    assert trained == ["embed"] or moved / total >= 0.9
+            moved.setdefault("norm" in name, []).append((weight != before[name]).flatten())
+    # Norms begin at 1, where float32 numbers are 6e-8 and 1.2e-7 apart: some steps of 5e-7 lead back to it.
+    for norms, differs in moved.items():
+        assert torch.cat(differs).double().mean() >= (0.9 if norms else 0.95)
+    assert moved or trained == ["embed"]
 
 
 def test_a_run_goes_on_bit_for_bit(half_folder, tmp_path):
@@ -267,7 +270,7 @@ def test_weights_that_rounding_would_hide_are_proven_too(half_folder, tmp_path):
 def test_an_adapter_is_proven_alone(half_folder, tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, half_folder, lora=LORA, max_steps=1)
     trainer.train()
-    monkeypatch.setattr("core.modeling.policy.load_saved", None)  # no second model
+    monkeypatch.setattr("core.modeling.proof.load_saved", None)  # no second model
     verify_saved(str(tmp_path / "run"), trainer.begun_from, trainer.model, trainer.accelerator, [[5, 9]])
     with torch.no_grad():
         next(weight for weight in trainer.model.parameters() if weight.requires_grad)[0, 0] += 1e-3

@@ -61,16 +61,6 @@ def check_training(document: Document, recipe: Recipe, given: Given) -> None:
     for tracker in [setting["report_to"]] if isinstance(setting["report_to"], str) else setting["report_to"]:
         if tracker != "none" and importlib.util.find_spec(tracker) is None:
             raise document.refuse(("report_to",), f"{tracker} is not installed; run `pip install {tracker}`")
-    if not setting["use_peft"]:
-        for key in given:
-            if key.startswith("lora_") or key in ("use_rslora", "use_dora"):
-                raise document.refuse((key,), "has no effect without use_peft: true; set that, or remove the key")
-    targets = given.get("lora_target_modules")
-    if setting["use_peft"] and recipe.trainable_parameters and targets is not None:
-        if targets not in (recipe.trainable_parameters, *recipe.trainable_parameters):
-            raise document.refuse(
-                ("lora_target_modules",), "differs from trainable_parameters, which name LoRA's targets; keep one"
-            )
     flash = str(setting["attn_implementation"]).startswith("flash_attention")
     if setting["packing"] and setting["packing_strategy"] != "wrapped" and not flash:
         raise document.refuse(
@@ -80,26 +70,6 @@ def check_training(document: Document, recipe: Recipe, given: Given) -> None:
         )
     if setting["eval_packing"] and not setting["packing"]:
         raise document.refuse(("eval_packing",), "packed conversations would see each other without packing: true")
-
-
-def settle_lora_dropout(
-    document: Document, recipe: Recipe, kind: str, model: Given, training: Given, announcements: list[str]
-) -> None:
-    """TRL's default of 0.05 is 0 where dropout is off or has no place; another number there is refused."""
-    if not model.get("use_peft"):
-        return
-    reason = None
-    if kind != "sft" and (DEFAULTS | training)["disable_dropout"]:
-        reason = "disable_dropout is true (its default)"
-    elif model.get("lora_target_parameters"):
-        reason = "adapters of lora_target_parameters have none"
-    if reason is None:
-        return
-    if model.get("lora_dropout"):
-        raise document.refuse(("lora_dropout",), f"has no effect: {reason}; set 0, or change that")
-    if "lora_dropout" not in model:
-        model["lora_dropout"] = 0.0
-        announcements.append(f"lora_dropout: 0, since {reason}")
 
 
 def check_best(document: Document, recipe: Recipe, setting: Given) -> None:
@@ -269,9 +239,17 @@ def choose_reference_pass(
     key = "precompute_ref_log_probs"
     if recipe.margin.reference_free and training.get(key):
         raise document.refuse((key,), "margin.reference_free has no reference to compute; set one of them to false")
+    if model.get("load_in_8bit") and training.get(key):
+        raise document.refuse(
+            (key,),
+            "with load_in_8bit a row's numbers depend on its batch, which policy and reference must share; false",
+        )
     if key not in training:
-        training[key] = not recipe.margin.reference_free
-        reason = {True: "so no update needs the reference"}.get(training[key], "there is no reference")
+        live = recipe.margin.reference_free or bool(model.get("load_in_8bit"))
+        training[key] = not live
+        reason = "there is no reference" if recipe.margin.reference_free else "so no update needs the reference"
+        if live and not recipe.margin.reference_free:
+            reason = "in 8 bits a row's numbers depend on its batch, which policy and reference share so"
         announcements.append(f"{key}: {str(training[key]).lower()}, {reason}")
     if recipe.reference_cache is not None and not training[key]:
         raise document.refuse(("reference_cache",), f"nothing is cached while {key} is false; remove it")

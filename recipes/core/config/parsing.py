@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pydantic
 
+from core.config.adapters import check_adapters, settle_adapters
 from core.config.checks import (
     Recipe,
     announce_attention,
@@ -21,7 +22,6 @@ from core.config.checks import (
     choose_reference_pass,
     expand_preset,
     fit_batch,
-    settle_lora_dropout,
 )
 from core.config.keys import usage
 from core.config.reading import dump, read
@@ -122,7 +122,8 @@ def look_over(
 
     hold(check_sources, kind)
     hold(check_training, model | training)
-    hold(settle_lora_dropout, kind, model, training, announcements)
+    hold(check_adapters, kind, model | training)
+    hold(settle_adapters, kind, model, training, announcements)
     if model.get("use_peft") and recipe.trainable_parameters:
         model["lora_target_modules"] = recipe.trainable_parameters
     if kind != "sft":

@@ -20,6 +20,7 @@ NaturalNumber = Annotated[int, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
 Strategy = Literal["no", "steps", "epoch"]
 Tracker = Literal["none", "wandb", "tensorboard"]
+BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit")  # optimizers
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 
 
@@ -66,7 +67,10 @@ RANGES: dict[str, Any] = _each(
         "attn_implementation": (
             Literal["eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"] | None
         ),
-        "optim": Literal["adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop"],
+        "optim": Literal[
+            "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", *BITSANDBYTES
+        ],
+        "bnb_4bit_quant_type": Literal["nf4", "fp4"],
         "lr_scheduler_type": Literal[
             "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
             "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
@@ -84,10 +88,7 @@ RANGES: dict[str, Any] = _each(
 
 _REFUSED = _each(
     {
-        "load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage": (
-            "quantised training needs bitsandbytes, which requirements.txt does not have; use use_peft: true with "
-            "dtype: bfloat16"
-        ),
+        "bnb_4bit_quant_storage": "weights of 4 bits are stored in bytes; another storage serves FSDP; remove the key",
         "lora_task_type": "a policy is always CAUSAL_LM; remove the key",
         "trust_remote_code": "code that comes with a model is never run; use a model that transformers knows",
         "model_init_kwargs": "use dtype, attn_implementation and model_revision",
@@ -186,6 +187,9 @@ class TrlKey:
 # Defaults that TRL works out, and words of its own that do not hold here.
 WORKED_OUT = {"optim": "adamw_torch_fused"}
 OUR_WORDS = {
+    "load_in_4bit": "Hold the frozen linear layers in 4 bits (bitsandbytes), under LoRA alone",
+    "load_in_8bit": "Hold the frozen linear layers in 8 bits (bitsandbytes), under LoRA alone; pairs are then padded",
+    "use_bnb_nested_quant": "Quantise the constants of 4 bits as well; true here with load_in_4bit",
     "gradient_checkpointing_kwargs": "Keyword arguments of gradient checkpointing",
     "gradient_accumulation_steps": "Micro-batches per update; pairs_per_update or conversations_per_update set it",
     "precompute_ref_log_probs": "Compute the reference once, before training; true here unless margin.reference_free",

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers.utils import ADAPTER_CONFIG_NAME
 from trl import ModelConfig, get_peft_config
 
+from core.runtime import loading
 from core.runtime.errors import RecipeError
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
@@ -66,20 +67,21 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 def lora_config(settings: ModelConfig, patterns: list[str] | None, model: nn.Module) -> LoraConfig | None:
     """
-    LoRA's settings, or None without `use_peft`; `trainable_parameters` names its target modules, which are by default
-    all linear layers but the head.
+    LoRA's settings, or None without `use_peft`, or where `model` has LoRA already; `trainable_parameters` names its
+    target modules, which are by default all linear layers but the head. A model that is itself an adapter is trained
+    on with the settings of that.
 
     Raises:
-        RecipeError: a name that is in no module or parameter (the message lists near names), what PEFT cannot adapt
-            or a merge would not keep, or a model that is itself an adapter, since the new one would be saved as one of
-            the base model.
+        RecipeError: a name that is in no module or parameter (the message lists near names), or what PEFT cannot adapt
+            or a merge would not keep.
     """
-    if not settings.use_peft:
+    if not settings.use_peft or isinstance(model, PeftModel):
         return None
     if (Path(settings.model_name_or_path) / ADAPTER_CONFIG_NAME).is_file():
-        raise RecipeError(
-            f"model {settings.model_name_or_path} is an adapter; merge and save it first, or train without use_peft"
-        )
+        config = loading.adapter_config(settings.model_name_or_path)
+        config.inference_mode = False
+        _rehearse(config, model)
+        return config
     config = get_peft_config(settings)
     targets = patterns or settings.lora_target_modules or (None if config.target_parameters else ALL_LINEAR)
     modules = [name for name, _ in model.named_modules()]

@@ -1,4 +1,4 @@
-"""The policy and its reference: loading them, and the proof that what was saved is what was trained."""
+"""The policy and its reference: loading them, and what is known of them before."""
 
 import contextlib
 import tempfile
@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,28 +28,29 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 from core.modeling.dropout import disable_dropout
 from core.modeling.parameters import select_parameters
 from core.modeling.precision import (
-    HALF,
     Precision,
     asked_dtype,
     check_save_dtype,
     check_steps,
     hold,
-    in_one_part,
     precision_of,
     stored_dtype,
 )
 from core.modeling.prefix import has_router_loss, unsupported_reason
+from core.modeling.quantised import quantisation, settle
+from core.modeling.reference_cache import quantised_as
 from core.runtime import loading
 from core.runtime.errors import RecipeError
 from core.runtime.ranks import first_rank_decides, rank
 
-FLOAT_ERROR, HALF_ERROR = 1e-4, 0.05  # of a log-probability's size, for weights of 32 and of 16 bits
-PROVEN_TOKENS = 64  # of a row: a model of billions of weights scores them on a CPU in seconds
-
 
 def load_policy(
-    model: ModelConfig, patterns: list[str] | None, args: TrainingArguments, path: str | None = None
-) -> PreTrainedModel:
+    model: ModelConfig,
+    patterns: list[str] | None,
+    args: TrainingArguments,
+    path: str | None = None,
+    trains: bool = True,
+) -> PreTrainedModel | PeftModel:
     """
     A model with what of it is trained chosen (`select_parameters`), held as `precision_of` has it, and without dropout
     where the recipe (by default) asks for none. The reference is loaded the same way, so that before the first update
@@ -63,20 +61,52 @@ def load_policy(
         patterns: the recipe's trainable_parameters, which with LoRA name its targets.
         args: their mixed precision and DeepSpeed.
         path: another model than the recipe's.
+        trains: LoRA goes on with a folder that is an adapter itself. Elsewhere its adapter is merged, but for
+            quantised weights, which would be rounded again: it then stays beside them.
     """
     config = stored_config(model, path)
     precision = precision_of(asked_dtype(model, config), args.mixed_precision, args.deepspeed_plugin is not None)
+    quantised = quantisation(model, precision)
+    frozen = model.use_peft or quantised is not None
     # Files in float32 may hold updates that 16 bits would round away: what is trained is read as it was saved.
     dtype = precision.frozen
-    if not (model.use_peft or precision.masters):
+    if not (frozen or precision.masters):
         dtype = torch.promote_types(dtype, stored_dtype(config))
-    loaded = load_model(model, path, asked_dtype(model, config) if precision.masters else dtype)
-    select_parameters(loaded, None if model.use_peft else patterns)
-    if not model.use_peft:
+    folder = model.model_name_or_path if path is None else path
+    base = adapted_model(folder) if quantised or model.use_peft and trains else None
+    dtype = asked_dtype(model, config) if precision.masters else dtype
+    loaded = load_model(model, base or path, dtype, quantised, args.device if quantised else None)
+    if base is not None:
+        loaded = loading.with_adapter(loaded, folder, is_trainable=trains)
+        hold(loaded, precision, frozen=False)
+        loaded.is_its_own_reference = True  # `reference.as_reference`
+        loaded.is_loaded_in_4bit = loaded.is_loaded_in_8bit = False  # or TRL rounds the adapter to bfloat16
+    if not frozen:
+        select_parameters(loaded, patterns)
         hold(loaded, precision)
     if getattr(args, "disable_dropout", False):  # a key of DPOConfig, true by default
         disable_dropout(loaded)
     return loaded
+
+
+def check_start(model: ModelConfig, zero_stage: int) -> None:
+    """
+    Raises:
+        RecipeError: the model is an adapter that cannot be merged or trained on, or, under quantisation, none.
+    """
+    path = model.model_name_or_path
+    base = adapted_model(path)
+    if base is None:
+        if quantised_as(model) and not model.use_peft:
+            raise RecipeError(
+                f"model {path}: of quantised weights an adapter is evaluated, and it is none; give the adapter, or "
+                "load_in_4bit: false, load_in_8bit: false"
+            )
+        return
+    if zero_stage == 3:
+        raise RecipeError(f"model {path} is an adapter, which cannot be merged under ZeRO-3; merge and save it first")
+    if adapted_model(base) is not None and (model.use_peft or quantised_as(model)):
+        raise RecipeError(f"model {path} is an adapter of an adapter, {base}; merge that and save it first")
 
 
 def check_learning(
@@ -106,7 +136,13 @@ def check_learning(
             raise RecipeError(f"model {model.model_name_or_path}: its config cannot be saved: {reason}") from error
 
 
-def load_model(model: ModelConfig, path: str | None = None, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load_model(
+    model: ModelConfig,
+    path: str | None = None,
+    dtype: torch.dtype | None = None,
+    quantised: BitsAndBytesConfig | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """
     A causal language model. Code from the Hub is never run, and weights are safetensors. Of a folder with an adapter,
     its base model with the adapter merged into it, in float32 where it is: 16 bits would round small adapters away.
@@ -115,6 +151,7 @@ def load_model(model: ModelConfig, path: str | None = None, dtype: torch.dtype |
         model: the recipe's model settings.
         path: another model than the recipe's.
         dtype: another than the recipe's.
+        quantised, device: how its linear layers are quantised, and where; None: they are not, and on the CPU.
 
     Raises:
         RecipeError: it cannot be loaded, or its generation settings could not be saved again.
@@ -122,10 +159,7 @@ def load_model(model: ModelConfig, path: str | None = None, dtype: torch.dtype |
     path, revision = (model.model_name_or_path, model.model_revision) if path is None else (path, None)
     base = adapted_model(path)
     if base is not None:
-        if is_deepspeed_zero3_enabled():
-            raise RecipeError(
-                f"model {path} is an adapter, which cannot be merged under ZeRO-3; merge and save it first"
-            )
+        assert quantised is None and not is_deepspeed_zero3_enabled(), "refused by `check_start`"
         adapted = loading.with_adapter(load_model(model, base, dtype), path)
         for module in adapted.modules():
             if isinstance(module, BaseTunerLayer):
@@ -133,7 +167,11 @@ def load_model(model: ModelConfig, path: str | None = None, dtype: torch.dtype |
         return adapted.merge_and_unload().requires_grad_(True)
     if dtype is None:
         dtype = model.dtype if model.dtype == "auto" else getattr(torch, model.dtype)
-    loaded = loading.causal_lm(path, revision=revision, dtype=dtype, attn_implementation=model.attn_implementation)
+    options = {"revision": revision, "dtype": dtype, "attn_implementation": model.attn_implementation}
+    if quantised is not None:
+        options |= {"quantization_config": quantised, "device_map": {"": device}}
+    loaded = loading.causal_lm(path, **options)
+    settle(loaded)
     if note := mend_generation(loaded.generation_config, path):
         if rank() == 0:
             print(f"note: {note}", flush=True)
@@ -212,13 +250,6 @@ def check_config(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, a
             )
 
 
-def load_saved(base: ModelConfig, folder: str) -> PreTrainedModel | PeftModel:
-    """What a run has saved in a folder: a model, or an adapter on the recipe's model."""
-    if (Path(folder) / ADAPTER_CONFIG_NAME).is_file():
-        return loading.with_adapter(load_model(base), folder)
-    return load_model(base, folder, stored_dtype(stored_config(base, folder)))
-
-
 @contextlib.contextmanager
 def loaded_whole() -> Iterator[None]:
     """Load and use a model whole, on this rank alone: ZeRO-3 would split it over all, and wait for the others."""
@@ -241,89 +272,3 @@ def share_prefixes(
     if reason and rank() == 0:
         print(f"note: prefix_sharing falls back to padded pairs: {reason}", flush=True)
     return wanted and reason is None
-
-
-def verify_saved(
-    folder: str,
-    base: ModelConfig,
-    trained: torch.nn.Module,
-    accelerator: Accelerator,
-    rows: list[list[int]],
-) -> float:
-    """
-    Load the saved weights again, on rank 0's CPU, and hold them against the trained model: tensor by tensor and bit by
-    bit but for the one rounding, and by the log-probabilities of a few rows. Of an adapter its own weights alone are
-    read. Under ZeRO-3, where no rank has the weights whole, there are the log-probabilities alone.
-
-    Every rank runs the trained model (ZeRO-3 gathers its weights for each forward).
-
-    Args:
-        rows: token ids of whole conversations, the same on every rank; the first `PROVEN_TOKENS` of each are scored.
-
-    Returns:
-        The largest difference of a log-probability, as a part of it.
-
-    Raises:
-        RecipeError: a tensor differs, or a log-probability by more than float error; on every rank.
-    """
-    plugin = accelerator.state.deepspeed_plugin
-    whole = plugin is None or plugin.zero_stage < 3
-    adapter = isinstance(trained, PeftModel)
-    mixed = None if plugin is not None else HALF.get(accelerator.mixed_precision)
-    rows = [row[:PROVEN_TOKENS] for row in rows]
-    expected = None if whole and adapter else _row_logps(trained, rows, accelerator.device, mixed).cpu()
-
-    def compare() -> float:
-        advice = f"{folder}: the model lies there, but do not use it; a checkpoint in that folder is of before"
-        with loaded_whole():
-            try:
-                if whole and adapter:
-                    compared = get_peft_model_state_dict(trained), load_file(Path(folder) / SAFETENSORS_WEIGHTS_NAME)
-                else:
-                    saved = load_saved(base, folder)
-                    compared = trained.state_dict(), saved.state_dict()
-            except (OSError, SafetensorError, RecipeError) as error:
-                raise RecipeError(f"{advice}: it cannot be loaded again: {error}") from error
-            if whole and (names := differing(*compared)):
-                shown = ", ".join(names[:3])
-                raise RecipeError(f"{advice}: {len(names)} of its tensors are not the trained ones: {shown}")
-            if expected is None:
-                return 0.0
-            found = _row_logps(saved, rows, torch.device("cpu"), mixed)
-        difference = ((found - expected).abs() / expected.abs().clamp(min=1.0)).max().item()
-        half = saved.dtype != torch.float32 or mixed is not None
-        if not difference <= (HALF_ERROR if half else FLOAT_ERROR):
-            raise RecipeError(
-                f"{advice}: loaded again, it gives other log-probabilities than the trained model (off by "
-                f"{difference:.2g} of their size)"
-            )
-        return difference
-
-    return first_rank_decides(compare)
-
-
-def differing(trained: dict[str, torch.Tensor], saved: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not in both, or not the same once the trained one is rounded to the saved one's."""
-    return sorted(trained.keys() ^ saved.keys()) + [
-        name
-        for name, weight in trained.items()
-        if name in saved and not torch.equal(weight.to(saved[name].dtype).cpu(), saved[name])
-    ]
-
-
-@torch.no_grad()
-def _row_logps(
-    model: torch.nn.Module, rows: list[list[int]], device: torch.device, mixed: torch.dtype | None
-) -> torch.Tensor:
-    """Log-probability of each row after its first token, one by one: the logits of all would be the run's peak."""
-    training = model.training
-    model.eval()
-    sums = []
-    for row in rows:
-        ids = torch.tensor([row], device=device)
-        with in_one_part(model), torch.autocast(device.type, dtype=mixed, enabled=mixed is not None):
-            logits = model(input_ids=ids, use_cache=False).logits
-        sums.append(logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, 1:, None]).sum())
-        del logits
-    model.train(training)
-    return torch.stack(sums)

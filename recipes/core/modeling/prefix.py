@@ -41,6 +41,7 @@ OWN_ATTENTION = {
     "gpt_oss": "sinks",
     "llama4_text": "chunks",
 }
+EIGHT_BITS = "what a layer of 8 bits makes of a token depends on the batch that it is in"
 # What `pair_logps` needs of TRL's fused head (`add_fused_lm_head`).
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
@@ -164,6 +165,8 @@ def unsupported_reason(
     for rope in _rope_types(getattr(config, "rope_parameters", None) or {}):
         if rope not in STATIC_ROPE:
             return f"its {rope} rotary embedding depends on the longest sequence of the batch"
+    if getattr(causal_lm_of(model), "is_loaded_in_8bit", False):
+        return EIGHT_BITS
     if draws_dropout(model, of_adapters=shares) or shares and getattr(adapter, "lora_dropout", 0):
         return "it draws dropout" + (" (disable_dropout: true would let it)" if shares else "")
     return None
@@ -176,6 +179,11 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
     )
 
 
+def causal_lm_of(model: nn.Module) -> PreTrainedModel:
+    """A model without PEFT around it; LoRA may be in its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def enable_prefix_sharing(model: nn.Module) -> None:
     """
     Let `model` (a causal language model or a PEFT model around one, with TRL's fused head) take shared batches.
@@ -184,7 +192,7 @@ def enable_prefix_sharing(model: nn.Module) -> None:
     batch's `pair_lengths` at each call. It isn't switched around the forward alone, because gradient checkpointing
     calls it again in the backward. transformers doesn't save the name in the model's config.
     """
-    causal_lm: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    causal_lm = causal_lm_of(model)
     causal_lm.set_attn_implementation(ATTENTION)
     add_answer_head(causal_lm)
 

@@ -28,10 +28,12 @@ from core.modeling.prefix import (
     HEAD_OUTPUTS,
     PaddedCollator,
     PrefixSharedCollator,
+    causal_lm_of,
     collator_for,
     enable_prefix_sharing,
     pair_logps,
 )
+from core.modeling.quantised import is_quantised
 from core.modeling.reference_cache import ReferenceCache, open_cache, sequence_keys
 from core.runtime.errors import RecipeError
 
@@ -108,12 +110,13 @@ def reference_gaps(
     """
     model = load_policy(settings, trained, args)
     sharing = share_prefixes(prefix_sharing, model, args.max_length)
-    add_fused_lm_head(model, outputs=HEAD_OUTPUTS)
+    add_fused_lm_head(causal_lm_of(model), outputs=HEAD_OUTPUTS)
     if sharing:
         enable_prefix_sharing(model)
     accelerator = Accelerator(mixed_precision=args.mixed_precision, deepspeed_plugin=args.deepspeed_plugin)
     if args.deepspeed_plugin is None:
-        model.to(accelerator.device)
+        if not is_quantised(causal_lm_of(model)):  # which is there
+            model.to(accelerator.device)
     else:
         propagate_args_to_deepspeed(accelerator, args)
     chosen, rejected = reference_logps(
@@ -141,8 +144,12 @@ def reference_gaps(
 
 @contextlib.contextmanager
 def as_reference(model: nn.Module) -> Iterator[None]:
-    """Let the policy's forward be the reference's: without gradients, and with LoRA the base model's alone."""
-    with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext():
+    """
+    Let the policy's forward be the reference's: without gradients, and with LoRA the base model's alone. A policy that
+    goes on with an adapter is its own reference, before the first update.
+    """
+    fresh = isinstance(model, PeftModel) and not getattr(model, "is_its_own_reference", False)
+    with torch.no_grad(), model.disable_adapter() if fresh else contextlib.nullcontext():
         yield
 
 

@@ -99,8 +99,17 @@ def open_cache(folder: str | None, model: ModelConfig, args: DPOConfig, loaded: 
         precision += f"-{'deepspeed' if args.deepspeed_plugin else 'autocast'}-{args.mixed_precision}"
     if args.tf32:
         precision += "-tf32"
+    if quantised := quantised_as(model):
+        precision += f"-{quantised}"
     digest = weights_digest(model.model_name_or_path, model.model_revision)
     return ReferenceCache(folder or DEFAULT_FOLDER, f"v{FORMAT}-{digest}-{precision}")
+
+
+def quantised_as(model: ModelConfig) -> str | None:
+    """The name of a recipe's quantisation: nf4-nested, nf4, fp4 …, int8; None without."""
+    if model.load_in_4bit:
+        return model.bnb_4bit_quant_type + ("-nested" if model.use_bnb_nested_quant else "")
+    return "int8" if model.load_in_8bit else None
 
 
 def _dtypes(model: nn.Module) -> str:

@@ -20,6 +20,8 @@ from trl import ModelConfig
 from core.modeling.parameters import count_parameters, lora_config, select_parameters
 from core.modeling.policy import adapted_model, loaded_whole, mend_generation
 from core.modeling.precision import Precision, hold
+from core.modeling.quantised import check_layers, quantisation, quantised_layers, stand_in, stored_bytes
+from core.modeling.reference_cache import local_folder, weight_files
 from core.runtime import loading
 from core.runtime.errors import RecipeError
 
@@ -34,6 +36,8 @@ class Skeleton:
     policy: PreTrainedModel | PeftModel  # the same, or with LoRA around it
     trained: int  # elements
     total: int
+    quantised: int = 0  # elements …
+    quantised_bytes: int = 0  # … and what they take
 
 
 def check_stored(config: PretrainedConfig, path: str) -> None:
@@ -46,6 +50,25 @@ def check_stored(config: PretrainedConfig, path: str) -> None:
             f"model {path}: its weights are quantised (quantization_config in config.json), which are not trained; "
             "start from the weights that it was made of"
         )
+
+
+def check_tensors(model: ModelConfig) -> None:
+    """
+    Where the weights are on this disk: load all but their values.
+
+    Raises:
+        RecipeError: they cannot be loaded, or some are missing.
+    """
+    path, revision = model.model_name_or_path, model.model_revision
+    while (base := adapted_model(path)) is not None:
+        path, revision = base, None
+    try:
+        there = all(file.is_file() for file in weight_files(local_folder(path, revision)))
+    except OSError:
+        return
+    if there:
+        with loaded_whole():
+            loading.causal_lm(path, revision=revision, device_map="meta")
 
 
 def check_generation(model: ModelConfig) -> str | None:
@@ -91,15 +114,22 @@ def choose(
     Freeze what the recipe does not train, add LoRA's adapters, and hold both as `precision` has it.
 
     Raises:
-        RecipeError: a pattern or a target matches nothing, or PEFT refuses.
+        RecipeError: a pattern or a target matches nothing, PEFT refuses, or what would be quantised cannot be.
     """
     select_parameters(causal_lm, None if model.use_peft else patterns)
     policy, adapters = causal_lm, lora_config(model, patterns, causal_lm)
+    settings, elements, size = quantisation(model, precision), 0, 0
+    if settings is not None:
+        layers = quantised_layers(causal_lm, settings)
+        check_layers(causal_lm, layers, adapters)
+        elements, size = sum(layer.weight.numel() for layer in layers.values()), stored_bytes(layers, model)
+        stand_in(layers, model)
+        causal_lm.is_loaded_in_8bit = model.load_in_8bit  # what `prefix.unsupported_reason` looks at
     with torch.device("meta"):
         if adapters is not None:
             policy = get_peft_model(causal_lm, adapters)
         hold(policy, precision, frozen=adapters is None)  # as `policy.load_policy` does
-    return Skeleton(causal_lm, policy, *count_parameters(policy))
+    return Skeleton(causal_lm, policy, *count_parameters(policy), elements, size)
 
 
 def check_trains(skeleton: Skeleton, args: Any, path: str) -> None:

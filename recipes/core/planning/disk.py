@@ -15,8 +15,13 @@ from core.runtime.output_folder import existing_parent
 from core.runtime.ranks import first_rank_decides
 from core.training.checkpoints import ASIDE, numbered
 
-# Tensors of a trained weight's size that an optimizer keeps; adafactor's are of its rows and columns.
-OPTIMIZER_STATES = {"adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0}
+# Tensors of a trained weight's size that an optimizer keeps, of 4 bytes each; adafactor's are of its rows and columns.
+OPTIMIZER_STATES: dict[str, float] = {
+    "adamw_torch": 2, "adamw_torch_fused": 2, "rmsprop": 1, "adagrad": 1, "sgd": 0, "adafactor": 0,
+    "paged_adamw_32bit": 2,
+}  # fmt: skip
+EIGHT_BITS = 2 * (1 + 4 / 256) / 4  # two states of a byte, and a constant for each 256 of them
+OPTIMIZER_STATES |= dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Saved:
             return self.model()
         k = OPTIMIZER_STATES[optim]
         if not self.zero_stage:
-            return self.model() + self.trained * k * self.trained_bytes
+            return self.model() + math.ceil(self.trained * k * self.trained_bytes)
         again = self.total - (self.trained if self.zero_stage == 3 else 0)
         return self.model() + self.trained * (k + 1) * 4 + again * self.weight_bytes
 

@@ -156,9 +156,10 @@ def inspect_memory(
     live = resolved.kind == "dpo" and not (
         args.precompute_ref_log_probs or resolved.model.use_peft or resolved.recipe.margin.reference_free
     )
-    work = Work(launch, precision, args.optim, live)
+    adapter = bool(resolved.model.use_peft)
+    work = Work(launch, precision, args.optim, live, adapter, model.quantised, model.quantised_bytes)
     try:
-        traced, proof = trace(args, launch, model, batch, precision)
+        traced, proof = trace(args, launch, model, batch, precision, whole=not adapter or launch.zero_stage == 3)
     except Exception as error:  # of a model that torch cannot run without values; the run itself is none the worse
         findings.note(f"memory: could not be traced: {first_line(error)}; the peak below is without activations")
         traced = proof = 0
@@ -170,6 +171,8 @@ def inspect_memory(
     most = "rank 0" if largest.name == PROOF and launch.world_size > 1 else f"each {device}"
     share = model.trained / model.total
     print(f"\nParameters: {model.total:,}, of which {model.trained:,} are trained ({share:.1%})")
+    if model.quantised:
+        print(f"Quantised: {model.quantised:,} of them, {model.quantised_bytes / model.quantised:.3f} bytes each")
 
     def line(part: Part) -> list[str]:
         return [part.name + (" (on the host)" if part.on_host else ""), part.formula, f"{part.bytes / GIB:.2f}"]
@@ -190,9 +193,17 @@ def inspect_memory(
 
 
 def trace(
-    args: DPOConfig | SFTConfig, launch: Launch, model: Skeleton, batch: MicroBatch, precision: Precision
+    args: DPOConfig | SFTConfig,
+    launch: Launch,
+    model: Skeleton,
+    batch: MicroBatch,
+    precision: Precision,
+    whole: bool,
 ) -> tuple[int, int]:
-    """Bytes of the largest micro-batch, and of the proof of what was saved; the skeleton is of no use after it."""
+    """
+    Bytes of the largest micro-batch, and of the proof of what was saved, which runs a model where that is saved whole;
+    the skeleton is of no use after it.
+    """
     fake = FakeModel(model)
     kwargs = args.activation_checkpointing_kwargs or {"use_reentrant": False}  # what transformers puts for None
     traced = fake.trace(
@@ -202,7 +213,7 @@ def trace(
         accumulates=args.gradient_accumulation_steps > 1,
         autocast=precision.autocast and torch.bfloat16,  # of fp16's size, which no CPU trace computes in,
     )
-    return traced, fake.trace_proof(batch.longest)
+    return traced, fake.trace_proof(batch.longest) if whole else 0
 
 
 def inspect_disk(

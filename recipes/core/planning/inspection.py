@@ -41,8 +41,8 @@ def show_network(resolved: Run) -> None:
         print(f"wandb: WANDB_MODE={mode}" if mode else f"wandb: {'offline, ' + reason if reason else 'online'}")
 
 
-def inspect_model(resolved: Run, mixed: str, deepspeed: bool, findings: Findings) -> Opened:
-    """`session.open_model`, whose refusals are told; `mixed` and `deepspeed` are the launch's."""
+def inspect_model(resolved: Run, mixed: str, zero_stage: int, findings: Findings) -> Opened:
+    """`session.open_model`, whose refusals are told; `mixed` and `zero_stage` are the launch's."""
     path = resolved.model.model_name_or_path
     try:
         check_models(resolved)
@@ -52,7 +52,7 @@ def inspect_model(resolved: Run, mixed: str, deepspeed: bool, findings: Findings
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         findings.note(f"model {path} has no weights (*.safetensors) yet; the run will need them")
-    opened = open_model(resolved, mixed, deepspeed, findings.attempt)
+    opened = open_model(resolved, mixed, zero_stage, findings.attempt)
     if opened.note:
         findings.note(opened.note)
     return opened

@@ -20,11 +20,13 @@ trained weights), else 4:
     | optimizer        | 4·k·P / n           | 4·k·P / n                                        |
     | reduction bucket | 5·10⁸·w             | (5·10⁸ + min(P, 5·10⁸))·w                        |
 
-LoRA's adapters are P like any other. DDP keeps each gradient a second time, in its buckets. A live reference is held
-as the policy is. ZeRO-3 releases a gathered weight only when another 10⁹ elements are alive
-(stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that a small model is whole on each device. Its
-reduce-scatter copies what the bucket holds. An offloaded optimizer takes its masters and states to the host, and the
-gradients with them.
+LoRA's adapters are P like any other; over weights of 4 or 8 bits those take 0.516 bytes each, or 1 and a little
+(modeling/quantised.py), and a layer's are made wide for each product, which the trace has. An AdamW of 8 bits has a
+byte and a constant for each 256 of them in the place of each state's 4 bytes; a paged one is counted as if it stayed.
+DDP keeps each gradient a second time, in its buckets. A live reference is held as the policy is. ZeRO-3 releases a
+gathered weight only when another 10⁹ elements are alive (stage3_max_live_parameters, and 5·10⁷ fetched ahead), so that
+a small model is whole on each device. Its reduce-scatter copies what the bucket holds. An offloaded optimizer takes
+its masters and states to the host, and the gradients with them.
 
 On top come, never at once:
 
@@ -34,6 +36,7 @@ On top come, never at once:
 - **the update** under ZeRO: a float32 copy of this process's gradients, 4·P / n (ZeRO-3: of at most 10⁹ elements).
 - **the proof of what was saved**: rank 0 loads the saved weights, N·w or N·4 where they are float32, on the host, and
   scores a row with them. Only where the device is the CPU is that its memory, beside weights whose gradients are gone.
+  Of an adapter it reads the file alone, P·4, but for ZeRO-3.
 
 Not in it: the context of CUDA and NCCL, the imports of a CPU process, fragmentation, and what glibc keeps of freed
 memory. Held against the peaks of whole CPU runs in float32 with 63.4 M parameters and gradient checkpointing, imports
@@ -73,6 +76,9 @@ class Work:
     precision: Precision
     optim: str
     live_reference: bool = False  # a second model, whole or split as the policy
+    adapter: bool = False  # the model is saved as an adapter
+    quantised: int = 0  # elements of frozen weights in 4 or 8 bits …
+    quantised_bytes: int = 0  # … and what they take
 
 
 def states(total: int, trained: int, work: Work) -> list[Part]:
@@ -82,12 +88,15 @@ def states(total: int, trained: int, work: Work) -> list[Part]:
     N, P = f"{total / 1e9:.3f}e9", f"{trained / 1e9:.3f}e9"
     if not stage:
         twice = 2 if n > 1 else 1
-        weights = held.itemsize(total, trained)
-        formula = f"{(total - trained) / 1e9:.3f}e9 x {held.frozen.itemsize} B + {P} x {w} B"
+        weights = held.itemsize(total - work.quantised, trained) + work.quantised_bytes
+        formula = f"{(total - work.quantised - trained) / 1e9:.3f}e9 x {held.frozen.itemsize} B + {P} x {w} B"
+        if work.quantised:
+            bits = work.quantised_bytes / work.quantised
+            formula += f" + {work.quantised / 1e9:.3f}e9 x {bits:.3f} B quantised"
         parts = [
             Part("weights", formula, weights),
             Part("gradients", f"{P} x {w} B{' x 2 (DDP buckets)' if twice == 2 else ''}", trained * w * twice),
-            Part("optimizer", f"{P} x {k} states x {w} B", trained * k * w),
+            Part("optimizer", f"{P} x {k:g} states x {w} B", trained * k * w),
         ]
         return parts + ([Part("reference model", formula, weights)] if work.live_reference else [])
     split = n if stage == 3 else 1
@@ -121,6 +130,8 @@ def phases(total: int, trained: int, micro_batch: int, proof: int, work: Work) -
     if stage:
         own = min(trained / n, SUB_GROUP) if stage == 3 else trained / n
         found.append(Part("update", f"{own / 1e9:.3f}e9 x 4 B", own * 4, work.launch.offload_optimizer))
+    if work.adapter and stage < 3:
+        return [*found, Part(PROOF, f"{trained / 1e9:.3f}e9 x {w} B", trained * w, on_host=not work.launch.use_cpu)]
     formula = f"{total / 1e9:.3f}e9 x {w} B + {proof / 2**30:.2f} GiB traced"
     needed = total * w + proof
     if work.launch.use_cpu and not stage:  # DeepSpeed's gradients stay in their buffers

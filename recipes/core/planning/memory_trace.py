@@ -119,7 +119,7 @@ class FakeModel:
         return max(0, alive.peak - kept)
 
     def trace_proof(self, length: int) -> int:
-        """Most bytes alive while a row of this length is scored (`policy.verify_saved`), beyond the weights."""
+        """Most bytes alive while a row of this length is scored (`proof.verify_saved`), beyond the weights."""
         alive = LiveBytes(self.policy)
         with self.mode, torch.device("cpu"), EXPERTS, torch.no_grad(), alive:
             self.policy.eval()

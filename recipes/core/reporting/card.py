@@ -63,7 +63,9 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
     selection = _read_json(folder / "selection.json") if margin else None
     records = comparable(read_metrics(folder), margin is None or margin.reference_free)
     before, after = before_and_after(records)
-    adapter = (folder / "adapter_config.json").is_file()
+    adapter, base = _read_json(folder / "adapter_config.json"), recipe["model_name_or_path"]
+    if adapter is not None:
+        base = _public(adapter.get("base_model_name_or_path") or base)  # the recipe's may be an adapter itself
     trained = recipe.get("trainable_parameters") or recipe.get("lora_target_modules") or []
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
@@ -74,11 +76,14 @@ def write_card(output_dir: str | os.PathLike, world_size: int | None = None) -> 
         "number": number,
     }
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        metadata=_metadata(recipe, adapter, margin, selection).to_yaml(),
+        metadata=_metadata(recipe, adapter is not None, base, margin, selection).to_yaml(),
         name=folder.resolve().name,
         base=recipe["model_name_or_path"],
         sources={role: _paths(recipe, role) for role in ("task", "buffer")},
-        adapter=adapter,
+        adapter=adapter is not None,
+        under=base,
+        quantised=next((bits for bits in (4, 8) if recipe.get(f"load_in_{bits}bit")), None),
+        options=_quantisation(recipe),
         before=before,
         after=after,
         evaluation=evaluation_table(before, after) if after and margin else None,
@@ -175,10 +180,9 @@ def _on_hub(name: str) -> bool:
 
 
 def _metadata(
-    recipe: dict[str, Any], adapter: bool, margin: Margin | None, selection: dict[str, Any] | None
+    recipe: dict[str, Any], adapter: bool, base: str, margin: Margin | None, selection: dict[str, Any] | None
 ) -> ModelCardData:
     """What the Hub searches by; only what is so. A recipe tells no licence, so that the card has none."""
-    base = recipe["model_name_or_path"]
     sources = [entry["path"] for entry in recipe["datasets"] if _on_hub(entry["path"])]
     tags = ["trl", "dpo", "preference-optimization"] if margin else ["trl", "sft"]
     if margin and (margin.a, margin.b, margin.k, margin.c) != (0, 0, 0, 0):
@@ -196,6 +200,14 @@ def _metadata(
         datasets=list(dict.fromkeys(sources)) or None,
         tags=tags,
     )
+
+
+def _quantisation(recipe: dict[str, Any]) -> str:
+    """The arguments of transformers' BitsAndBytesConfig."""
+    if recipe.get("load_in_8bit"):
+        return "load_in_8bit=True"
+    kind, nested = recipe.get("bnb_4bit_quant_type", "nf4"), bool(recipe.get("use_bnb_nested_quant"))
+    return f'load_in_4bit=True, bnb_4bit_quant_type="{kind}", bnb_4bit_use_double_quant={nested}'
 
 
 def _class_margins(margin: Margin, beta: float) -> tuple[list[str], Rows] | None:

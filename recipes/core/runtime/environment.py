@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from core.runtime.errors import SAVED_ON_SIGNAL, leave
 
 PACKAGES = ["torch", "transformers", "trl", "accelerate", "deepspeed", "datasets", "peft", "tokenizers", "numpy"]
+PACKAGES += ["bitsandbytes"]
 
 CORE = Path(__file__).parents[1]
 
@@ -30,6 +32,9 @@ def prepare_environment() -> None:
     """
     # Of names that the pinned versions still have: DeepSpeed's gathers alone would print a dozen lines a step.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch|transformers")
+    # Where it is installed, transformers and bitsandbytes would fetch code from the Hub by it, and run it.
+    sys.modules.setdefault("kernels", None)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses those, and tells each cast to 16 bits
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "OMP_WAIT_POLICY" not in os.environ:

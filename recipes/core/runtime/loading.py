@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import torch
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +28,7 @@ from core.runtime.errors import RecipeError, full_disk
 from core.runtime.ranks import rank
 from core.runtime.text import printable
 
+SHOWN = 3  # names in a message
 ROW_FORMATS = {"json", "csv", "parquet", "arrow"}  # of the builders of datasets; others unpickle, or run queries
 
 
@@ -89,11 +90,18 @@ def causal_lm(path: str, **options: Any) -> PreTrainedModel:
     A causal language model with weights of safetensors; `options` are those of `from_pretrained`.
 
     Raises:
-        RecipeError: it cannot be loaded.
+        RecipeError: it cannot be loaded, or its files lack weights, which transformers would draw at random.
     """
     with _of_strangers(f"model {path}", "mend that folder, or give another model"):
-        model = AutoModelForCausalLM.from_pretrained(path, **options, trust_remote_code=False, use_safetensors=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, **options, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
         _without_code(f"model {path}", model.config)
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"{len(missing)} of its tensors are in none of its files: {', '.join(missing[:SHOWN])}"
+                + (", …" if len(missing) > SHOWN else "")
+            )
     return model
 
 
@@ -117,6 +125,21 @@ def adapter_base(folder: str | Path) -> str:
         if not (Path(folder) / ADAPTER_SAFE_WEIGHTS_NAME).is_file():
             raise ValueError(f"it has no {ADAPTER_SAFE_WEIGHTS_NAME}, and weights in a pickle are not read")
     return bases[1]
+
+
+def adapter_config(folder: str | Path) -> PeftConfig:
+    """
+    What an adapter is made of.
+
+    Raises:
+        RecipeError: see `adapter_base`, or it is not LoRA's.
+    """
+    adapter_base(folder)
+    with _of_strangers(f"adapter {folder}", "save it again"):
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"it is {config.peft_type.value}, and LoRA alone is trained on")
+    return config
 
 
 def with_adapter(base: PreTrainedModel, folder: str | Path, **options: Any) -> PeftModel:

@@ -40,6 +40,7 @@ class CompleteCheckpoints:
 
     # Of this run; a script that sets them has them held against a checkpoint's.
     rows_digest: str | None = None
+    base_digest: str | None = None  # of what LoRA's adapters are on, where no reference cache is keyed by it
     recipe: Mapping[str, Any] | None = None
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -117,7 +118,7 @@ def launched_as(trainer: Any) -> Origin:
         batch_per_update=args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         trained=Trained.of(trainer.model),
         rows=trainer.rows_digest,
-        reference=cache and cache.folder.name,
+        reference=trainer.base_digest if cache is None else cache.folder.name,
         versions=versions(),
     )
 

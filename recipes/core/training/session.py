@@ -94,7 +94,7 @@ def check_models(settings: Settings) -> None:
 def open_model(
     resolved: Run,
     mixed: str | None = None,
-    deepspeed: bool | None = None,
+    zero_stage: int | None = None,
     attempt: Callable[..., Any] = lambda step, *arguments: step(*arguments),
 ) -> "Opened":
     """
@@ -102,7 +102,7 @@ def open_model(
 
     Args:
         resolved: the recipe; its model is there (`check_models`).
-        mixed, deepspeed: the launch, for `precision_of`; None: the one that this process is part of.
+        mixed, zero_stage: the launch (0: no DeepSpeed); None: the one that this process is part of.
         attempt: calls a step with its arguments. A run stops at the first that refuses; of `check.py`, which collects,
             such a step gives None, and what needs it is left out.
 
@@ -111,8 +111,9 @@ def open_model(
     """
     from core.data.tokens import load_tokenizer
     from core.modeling import skeleton
-    from core.modeling.policy import check_config, check_learning, stored_config
+    from core.modeling.policy import check_config, check_learning, check_start, stored_config
     from core.modeling.precision import asked_dtype, precision_of
+    from core.modeling.quantised import check_launch
 
     model, recipe, args = resolved.model, resolved.recipe, resolved.training
     patterns, path, trains = recipe.trainable_parameters, model.model_name_or_path, resolved.kind != "evaluate"
@@ -123,8 +124,11 @@ def open_model(
         return Opened(None, None, None, None)
     tokenizer = attempt(load_tokenizer, model, recipe)
     mixed = args.mixed_precision if mixed is None else mixed
-    deepspeed = args.deepspeed_plugin is not None if deepspeed is None else deepspeed
-    precision = precision_of(asked_dtype(model, config), mixed, deepspeed)
+    if zero_stage is None:
+        zero_stage = 0 if args.deepspeed_plugin is None else args.deepspeed_plugin.zero_stage
+    precision = precision_of(asked_dtype(model, config), mixed, bool(zero_stage))
+    attempt(check_start, model, zero_stage)
+    attempt(check_launch, model, args.optim.value, bool(zero_stage))
     attempt(skeleton.check_stored, config, path)
     note = attempt(skeleton.check_generation, model)
     if tokenizer is not None:
@@ -133,6 +137,7 @@ def open_model(
     if causal_lm is None:
         return Opened(None, tokenizer, precision, note)
     attempt(skeleton.check_positions, causal_lm, args.max_length, path)
+    attempt(skeleton.check_tensors, model)
     chosen = attempt(skeleton.choose, causal_lm, model, patterns, precision)
     if chosen is not None and trains:
         attempt(skeleton.check_trains, chosen, args, path)

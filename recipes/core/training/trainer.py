@@ -6,6 +6,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProgressCallback
 from trl import DPOConfig, DPOTrainer, SFTTrainer
@@ -17,7 +18,14 @@ from core.data.tokens import token_lengths
 from core.modeling.dropout import draws_dropout
 from core.modeling.padding_free import PaddingFreeCollator, model_inputs
 from core.modeling.precision import Precision, hold
-from core.modeling.prefix import HEAD_OUTPUTS, PairOutputs, collator_for, enable_prefix_sharing, pair_logps
+from core.modeling.prefix import (
+    HEAD_OUTPUTS,
+    PairOutputs,
+    causal_lm_of,
+    collator_for,
+    enable_prefix_sharing,
+    pair_logps,
+)
 from core.modeling.reference import as_reference, reference_logps
 from core.modeling.reference_cache import ReferenceCache
 from core.objective.losses import shifted_margin_loss, target_sign
@@ -43,6 +51,9 @@ BATCH_COLUMNS = [
     "ref_chosen_logps",
     "ref_rejected_logps",
 ]
+
+
+TRL_REFERENCE = "ref"  # TRL's copy of an adapter that training goes on with
 
 
 class Recorded(Tripwires, CompleteCheckpoints, SavesFinal):
@@ -119,7 +130,9 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
             )
         if self.ref_model is not None:
             # TRL leaves the reference's head to log-probabilities alone; one head for both is one code path.
-            add_fused_lm_head(self.accelerator.unwrap_model(self.ref_model), outputs=HEAD_OUTPUTS)
+            add_fused_lm_head(causal_lm_of(self.accelerator.unwrap_model(self.ref_model)), outputs=HEAD_OUTPUTS)
+        if isinstance(self.model, PeftModel) and TRL_REFERENCE in self.model.peft_config:
+            self.model.delete_adapter(TRL_REFERENCE)  # precomputed, or none; it would be saved too
         self.throughput = Throughput(self.model)
         self.add_callback(self.throughput)
         self.pair_metrics = {mode: PairMetrics(self.accelerator.device) for mode in ("train", "eval")}
@@ -151,6 +164,8 @@ class ShiftedMarginTrainer(Recorded, DPOTrainer):
         if self.margin.reference_free:
             chosen = rejected = np.zeros(len(dataset))
         else:
+            own = getattr(self.model, "is_its_own_reference", False)
+            assert not (own and self.state.global_step), "the reference has been trained"
             chosen, rejected = reference_logps(
                 self.model,
                 self.accelerator,
