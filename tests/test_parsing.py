@@ -207,7 +207,7 @@ BAD_RECIPES = [
     ("sft", SFT, "--beta 1", "beta: unknown key; it is a key of recipes/dpo.py"),
     ("sft", SFT, "--eos_token x", "eos_token: the tokenizer has it"),
     ("sft", SFT, "--conversations_per_update 12", "12 is not a multiple of per_device_train_batch_size 8 x 1"),
-    ("evaluate", DPO.replace("datasets:", "eval_datasets:"), "", "nothing to evaluate; give datasets, or prompts"),
+    ("evaluate", DPO, "--datasets []", "nothing to evaluate; give datasets, or prompt_sets"),
     ("evaluate", DPO, "--max_new_tokens 0", "max_new_tokens: must be greater than or equal to 1"),
 ]  # fmt: skip
 BAD_RECIPES += [("dpo", DPO, *row) for row in BAD_VALUES]
@@ -220,6 +220,13 @@ def test_what_is_wrong_is_told_in_a_line(write, kind, text, overrides, words):
         assert word in message
 
 
+LISTS = {
+    "eval_datasets": "[{path: x}]",
+    "judges": "[{name: n, model: m, kind: chat}]",
+    "prompt_sets": "[{name: n, path: p}]",
+}
+
+
 @pytest.mark.parametrize("kind", ["dpo", "sft", "evaluate"])
 def test_every_section_is_strict(write, kind):
     """A misspelt key in each of them; in a list's entry of keys_of's `datasets`, by its number."""
@@ -227,8 +234,9 @@ def test_every_section_is_strict(write, kind):
     assert len(sections) >= 8
     path = write(SFT if kind == "sft" else DPO)
     for section in sections:
-        key = f"{section}.nokey".replace("datasets", "datasets.0", 1)
-        entry = ["--eval_datasets", "[{path: x}]"] if section.startswith("eval_") else []
+        first = section.partition(".")[0]
+        key = f"{section}.nokey".replace(first, f"{first}.0", 1 if first == "datasets" or first in LISTS else 0)
+        entry = [f"--{first}", LISTS[first]] if first in LISTS else []
         assert f"{key}: unknown key" in refusal(kind, ["--config", path, *entry, f"--{key}", "x"])
 
 
@@ -483,6 +491,12 @@ def test_seed_and_reference_pass(write):
             "--datasets.0.columns {conversation: m, messages: {role: from, content: value}, row_id: i}",
         ),
         ("evaluate", DPO, "--prompts p.txt --max_new_tokens 5 --reference_model ref"),
+        (
+            "evaluate",
+            DPO,
+            "--models {a: x, b: y} --temperature 1.0 --require ['over_refusal <= 0.1'] "
+            "--prompt_sets [{name: n, path: p.csv, column: c, where: {label: safe}, measure: over_refusal}]",
+        ),
     ],
 )
 def test_a_saved_recipe_is_the_same_run(write, tmp_path, kind, text, overrides):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from core.modeling.generation import read_prompts
+from core.judging.prompt_sets import read_prompts
 from core.runtime.errors import RecipeError
 
 
@@ -32,7 +32,7 @@ def test_kinds_of_file(name, tmp_path):
     ("name", "content", "message"),
     [
         ("a.md", b"", "none of .txt"),
-        ("a.csv", b"id,Behavior\n1,x\n", "has the columns id, Behavior; call the one of prompts `prompt`"),
+        ("a.csv", b"id,Behavior\n1,x\n", "has the columns id, Behavior; .prompt. is none of them"),
         ("a.csv", b"", "No columns to parse"),
         ("a.csv", b"prompt\n\n", "holds no prompt"),
         ("a.txt", b"caf\xe9\n", "is not UTF-8 text; save it as UTF-8"),

@@ -12,9 +12,20 @@ MAY_IMPORT = {
     "data": {"runtime", "objective", "config"},
     "selection": {"runtime", "objective", "config", "data"},
     "modeling": {"runtime", "config"},
+    "judging": {"runtime", "objective", "config", "data", "modeling"},
     "training": {"runtime", "objective", "config", "data", "selection", "modeling"},
-    "reporting": {"runtime", "objective", "config", "data", "selection", "modeling", "training"},
-    "planning": {"runtime", "objective", "config", "data", "selection", "modeling", "training", "reporting"},
+    "reporting": {"runtime", "objective", "config", "data", "selection", "modeling", "judging", "training"},
+    "planning": {
+        "runtime",
+        "objective",
+        "config",
+        "data",
+        "selection",
+        "modeling",
+        "judging",
+        "training",
+        "reporting",
+    },
 }
 
 

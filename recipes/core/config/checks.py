@@ -25,8 +25,9 @@ LINK_KEYS = {"scaled": "squared", "p": "signed", "epsilon": "soft"}  # the one l
 
 
 def check_sources(document: Document, recipe: Recipe, kind: str) -> None:
-    if kind == "evaluate" and not recipe.datasets and recipe.prompts is None:
-        raise RecipeError(f"{document.path}: nothing to evaluate; give datasets, or prompts")
+    asks = kind == "evaluate" and (recipe.prompts is not None or recipe.prompt_sets)
+    if kind == "evaluate" and not (asks or recipe.datasets or recipe.eval_datasets):
+        raise RecipeError(f"{document.path}: nothing to evaluate; give datasets, or prompt_sets")
     if kind != "evaluate" and not recipe.datasets:
         raise document.refuse(("datasets",), "is empty; give at least one source of rows")
     for index, entry in enumerate(recipe.datasets):

@@ -271,14 +271,50 @@ class SFTRecipe:
 
 
 @dataclass
+class PromptSet:
+    """Prompts to answer, of one kind."""
+
+    name: str = key(..., "what tables call it", "xstest-safe")
+    path: str = key(..., "a .txt (a prompt per line), a .csv, or a .jsonl (the column, or `messages`)", "xstest.csv")
+    column: str = key("prompt", "the column of a .csv or .jsonl that holds the prompts", "Behavior")
+    where: dict[str, str] = key(dict, "only rows that have these values, as text", "{label: safe}")
+    measure: Literal["harmful_compliance", "over_refusal"] | None = key(
+        None, "what an answer counts for: complying with what is harmful, or refusing what is not", "over_refusal"
+    )
+
+
+@dataclass
+class ModelJudge:
+    """A model that judges each answer."""
+
+    name: str = key(..., "what tables call it", "harmbench")
+    model: str = key(..., "a path, or a name on the Hub", "cais/HarmBench-Llama-2-13b-cls")
+    kind: Literal["classifier", "chat"] = key(
+        ..., "a sequence classifier (a reward or cost model too), or a causal model that answers by a word", "chat"
+    )
+    template: str | None = key(
+        None, "a .jinja file over `prompt` and `answer`; null: the judge's own chat template", "harmbench.jinja"
+    )
+    labels: dict[str, str] = key(
+        dict, "chat: the word that its answer begins with, in small letters → label", "{yes: harmful, no: harmless}"
+    )
+    threshold: float | None = key(None, "classifier of one score: `high` from here on, else `low`", "0")
+
+
+@dataclass
 class EvaluateRecipe(PreferenceRecipe):
     """A preference recipe (a run's own recipe.yaml will do) and what `evaluate.py` needs besides."""
 
     datasets: list[DatasetEntry] = key(list, "the sources of rows, where there are no eval_datasets")
-    prompts: str | None = key(
-        None, "to answer: a .txt (one per line), a .csv (`prompt`) or a .jsonl (`prompt` or `messages`)", "prompts.txt"
+    models: dict[str, str] = key(
+        dict, "name → path of each model to compare, the start first; empty: model_name_or_path", "{base: runs/sft}"
     )
+    prompt_sets: list[PromptSet] = key(list, "prompts to answer and judge")
+    judges: list[ModelJudge] = key(list, "models that judge answers, beside the patterns of refusal and garbling")
+    prompts: str | None = key(None, "one more set of prompts, by its file alone", "prompts.txt")
     max_new_tokens: Count = key(256, "of each answer", "64")
+    temperature: NotNegative = key(0.0, "of the answers; 0: the likeliest", "1.0")
+    require: list[str] = key(list, "what must hold of the last model, or the exit code is 3", "[over_refusal <= 0.05]")
     reference_model: str | None = key(None, "null: rewards without a reference", "runs/sft")
 
 

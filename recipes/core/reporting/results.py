@@ -8,8 +8,11 @@ import numpy as np
 import torch
 from transformers.trainer_utils import TrainOutput
 
+from core.config.schema import PromptSet
+from core.judging.answering import Judged
 from core.objective.margins import class_table
 from core.objective.presets import PAIR_CLASSES, Margin
+from core.reporting.behaviour import NOT_MET, behaviour_table, falls_short, shares, write_behaviour
 from core.reporting.card import write_card
 from core.reporting.tables import (
     before_and_after,
@@ -20,6 +23,7 @@ from core.reporting.tables import (
     print_table,
     stage_table,
 )
+from core.runtime.ranks import rank
 from core.selection.pairs import Pairs
 from core.training.records import read_metrics
 from core.training.trainer import ConversationTrainer, ShiftedMarginTrainer
@@ -85,15 +89,46 @@ def finish(
     print(f"\nThe model, its card and plots are in {card.parent}", flush=True)
 
 
-def write_evaluation(trainer: ShiftedMarginTrainer, metrics: dict[str, float]) -> None:
-    """Print an evaluation and write it to `output_dir`/evaluation.json."""
-    if not trainer.is_world_process_zero():
-        return
-    folder = Path(trainer.args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print_table("Evaluation", *evaluation_table({}, metrics))
-    print(f"\nAll of its numbers are in {folder / 'evaluation.json'}", flush=True)
+def write_evaluation(
+    output_dir: str,
+    models: dict[str, str],
+    reference: str | None,
+    pairs: dict[str, dict[str, float]],
+    sets: list[PromptSet],
+    judged: dict[str, Judged],
+    require: list[str],
+) -> None:
+    """
+    Print what came of an evaluation, and write it to `output_dir`: evaluation.json, behaviour.png; rank 0 alone.
+
+    Raises:
+        SystemExit: with `NOT_MET`, on every rank, where the last model does not meet `require`.
+        RecipeError: `require` cannot be read.
+    """
+    folder = Path(output_dir)
+    found = {name: shares(sets, of_model) for name, of_model in judged.items()}
+    short = falls_short(require, found.get(list(models)[-1], {}))
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        plain = write_behaviour(folder, found)
+        written = {
+            "reference": reference,
+            "models": {
+                name: {"path": path, "pairs": pairs.get(name), "answers": plain.get(name)}
+                for name, path in models.items()
+            },
+        }
+        (folder / "evaluation.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+        for name, metrics in pairs.items():
+            against = f"against {reference}" if reference else "without a reference"
+            print_table(f"Preference rows: {name}, {against}", *evaluation_table({}, metrics))
+        if found:
+            print_table("Answers", *behaviour_table(found))
+        print(f"\nAll of its numbers are in {folder / 'evaluation.json'}", flush=True)
+        for line in short:
+            print(f"require: {line}", flush=True)
+    if short:
+        raise SystemExit(NOT_MET)
 
 
 def pair_histograms(trainer: ShiftedMarginTrainer, held_out: Pairs, margin: Margin) -> "Figure":

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -103,6 +104,19 @@ def causal_lm(path: str, **options: Any) -> PreTrainedModel:
                 + (", …" if len(missing) > SHOWN else "")
             )
     return model
+
+
+def classifier(path: str, **options: Any) -> PreTrainedModel:
+    """
+    A sequence classifier, as `causal_lm`.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+    with _of_strangers(f"model {path}", "mend that folder, or give another model"):
+        return AutoModelForSequenceClassification.from_pretrained(
+            path, **options, trust_remote_code=False, use_safetensors=True
+        )
 
 
 def adapter_base(folder: str | Path) -> str:

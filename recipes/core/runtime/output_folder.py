@@ -52,6 +52,18 @@ def listed(lines: list[str]) -> str:
     return "; ".join(lines[:5]) + (f"; and {', '.join(more)}" if more else "")
 
 
+def check_no_run(folder: Path) -> None:
+    """
+    Raises:
+        RecipeError: a run, or an earlier evaluation, lies in the folder.
+    """
+    found = sorted(path.name for pattern in [*RUN_FILES, "evaluation.json"] for path in folder.glob(pattern))
+    if found:
+        raise RecipeError(
+            f"output_dir {folder} holds {found[0]}; give the evaluation a folder of its own by --output_dir"
+        )
+
+
 def claim_output_dir(output_dir: str | Path, recipe: Mapping[str, Any], resume: bool) -> None:
     """
     Refuse an output folder that cannot be written or that belongs to another run. Nothing is left behind.

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from core.config.parsing import Run, Settings, build, resolve, save_recipe
+from core.config.parsing import Resolved, Run, Settings, build, resolve, save_recipe
 from core.config.schema import Kind
 from core.runtime.environment import spare_cpu_compile, versions
 from core.runtime.errors import RecipeError
 from core.runtime.launching import check_launched
 from core.runtime.network import check_model_path, go_offline_if_local
-from core.runtime.output_folder import check_writable, claim_output_dir, existing_parent
+from core.runtime.output_folder import check_no_run, check_writable, claim_output_dir, existing_parent
 from core.runtime.run_lock import check_free, hold
 from core.runtime.text import without_secrets
 from core.training.tracking import start_wandb
@@ -79,6 +79,8 @@ def _read_recipe(kind: Kind) -> Settings:
 def places(settings: Settings) -> list[str | None]:
     """What the recipe reads: paths, or names of the Hub."""
     models = [settings.values.get(key) for key in ("model_name_or_path", "reference_model", "chat_template_path")]
+    if settings.kind == "evaluate":
+        models += [*compared_models(settings).values(), *(judge.model for judge in settings.recipe.judges)]
     return [*models, *(entry.path for entry in (*settings.recipe.datasets, *settings.recipe.eval_datasets))]
 
 
@@ -87,8 +89,16 @@ def check_models(settings: Settings) -> None:
 
     values = settings.values
     first_rank_decides(lambda: check_model_path(values["model_name_or_path"], values.get("model_revision")))
-    if settings.kind == "evaluate" and values.get("reference_model"):
-        first_rank_decides(lambda: check_model_path(values["reference_model"]))
+    if settings.kind == "evaluate":
+        others = [*settings.recipe.models.values(), *(judge.model for judge in settings.recipe.judges)]
+        for path in filter(None, [values.get("reference_model"), *others]):
+            first_rank_decides(lambda path=path: check_model_path(path))
+
+
+def compared_models(resolved: Resolved) -> dict[str, str]:
+    """Of an evaluation: the name and path of each model, in the order of its tables."""
+    path = resolved.values["model_name_or_path"]
+    return resolved.recipe.models or {Path(path).name: path}
 
 
 def open_model(
@@ -147,8 +157,8 @@ def open_model(
 
 def claim_folder(settings: Settings, only_look: bool = False) -> None:
     """
-    An evaluation may write beside what is there; a run must have the folder for itself, on every node. Either keeps
-    others out until its end, unless it is only to look (check.py).
+    A run must have the folder for itself, on every node, and an evaluation one that is no run's. Either keeps others
+    out until its end, unless it is only to look (check.py).
     """
     from core.runtime.ranks import check_shared_folder, first_rank_decides
 
@@ -157,6 +167,7 @@ def claim_folder(settings: Settings, only_look: bool = False) -> None:
     def look() -> None:
         if settings.kind == "evaluate":
             check_writable(folder)
+            check_no_run(folder)
         else:
             claim_output_dir(folder, values, bool(values.get("resume_from_checkpoint")))
 
