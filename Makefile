@@ -30,7 +30,7 @@ $(error variables are written in capitals: $(foreach name,$(LOWER_CASE),$(shell 
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train check evaluate bench keys test test-fast torture style style-check
+.PHONY: help setup train check evaluate real bench keys test test-fast torture style style-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,9 @@ endif
 
 evaluate: $(SETUP) ## a checkpoint against preference rows: make evaluate RECIPE=… ARGS="--model_name_or_path …"
 	$(LAUNCH) recipes/evaluate.py --config $(RECIPE) $(ARGS)
+
+real: $(SETUP) ## SmolLM2-135M becomes safe: make real ARGS="--xstest xstest_prompts.csv --harmbench harmbench_val.csv"
+	$(PYTHON) recipes/smollm2-135m/run.py $(ARGS)
 
 bench: $(SETUP) ## this project's trainer against stock TRL, on generated rows; make bench ARGS="--model … --dataset …"
 	$(PYTHON) recipes/bench.py $(ARGS)

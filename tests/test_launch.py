@@ -20,7 +20,7 @@ from torch.distributed import DistStoreError
 
 from core.runtime import accelerate_launch, launching
 from core.runtime.errors import PEER_LOST, RecipeError
-from core.runtime.stage import DPO_KEYS, SFT_KEYS, stage_of
+from core.runtime.stage import DPO_KEYS, EVALUATE_KEYS, SFT_KEYS, stage_of
 from core.training.checkpoints import newest_complete
 from processes import CONFIGS as FOLDER
 from processes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two, user_environment
@@ -112,8 +112,8 @@ def test_every_recipe_here_says_it_by_a_key():
     recipes = list((ROOT / "recipes").glob("*/*.yaml"))
     assert len(recipes) >= 10
     for path in recipes:
-        assert set(SFT_KEYS + DPO_KEYS) & yaml.safe_load(path.read_text()).keys(), path
-        assert stage_of(path) == ("sft" if path.stem == "sft" else "dpo")
+        assert set(SFT_KEYS + DPO_KEYS + EVALUATE_KEYS) & yaml.safe_load(path.read_text()).keys(), path
+        assert stage_of(path) == {"sft": "sft", "evaluation": "evaluate"}.get(path.stem, "dpo")
 
 
 def test_a_variable_in_small_letters_is_refused():

@@ -549,12 +549,17 @@ def test_what_transformers_refuses_is_one_line(write):
 
 # ----------------------------------------------------------------------------------------- the recipes of this project
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted(path for path in (ROOT / "recipes").rglob("*.yaml") if path.stem != "evaluation")
 BATCH = re.compile(
     r"^# batch: (\d+) per device x (\d+) accumulation x (\d+) (?:GPUs?|process(?:es)?) = (\d+) "
     r"(pairs|conversations) per update",
     re.MULTILINE,
 )
+
+
+def test_the_list_of_an_evaluation_parses():
+    resolved = resolve("evaluate", ["--config", str(ROOT / "recipes/smollm2-135m/evaluation.yaml")])
+    assert [entry.measure for entry in resolved.recipe.prompt_sets][1:] == ["harmful_compliance"] * 2
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template
 
 from core.runtime.errors import RecipeError
 from core.runtime.ranks import rank
@@ -45,6 +46,21 @@ def template_errors() -> Iterator[None]:
         kind = "" if isinstance(error, TemplateError) else f"{type(error).__name__}: "
         told = " ".join(f"{kind}{error}".split())[:300]
         raise RecipeError(f"chat template: {told}; {WAY_OUT}") from error
+
+
+def check_answer_marks(tokenizer: PreTrainedTokenizerBase) -> None:
+    """
+    Raises:
+        RecipeError: neither the template nor TRL says which tokens are the assistant's, as `assistant_only_loss` asks.
+    """
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise RecipeError(
+            "assistant_only_loss: the chat template does not mark the assistant's answers ({% generation %} … "
+            "{% endgeneration %}), and TRL knows no other form of it; give one that does by chat_template_path, or set "
+            "assistant_only_loss: false"
+        ) from error
 
 
 def render_texts(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict]], open_turn: bool) -> list[str]:

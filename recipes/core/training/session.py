@@ -119,6 +119,7 @@ def open_model(
     Raises:
         RecipeError: as the steps do.
     """
+    from core.data.chat_template import check_answer_marks
     from core.data.tokens import load_tokenizer
     from core.modeling import skeleton
     from core.modeling.policy import check_config, check_learning, check_start, stored_config
@@ -143,6 +144,8 @@ def open_model(
     note = attempt(skeleton.check_generation, model)
     if tokenizer is not None:
         attempt(check_config, config, tokenizer, args)
+        if getattr(args, "assistant_only_loss", False):
+            attempt(check_answer_marks, tokenizer)
     causal_lm = attempt(skeleton.build_empty, config, model, precision)
     if causal_lm is None:
         return Opened(None, tokenizer, precision, note)
