@@ -59,9 +59,9 @@ def prompts_of(safety: str | None, helpful: str | None) -> tuple[list[str], list
 
 def prepare(folder: Path, start: str, seed: int, safety: str | None, helpful: str | None, held_out: list[str]) -> None:
     """
-    Write `folder`/sft.jsonl (conversations), task.jsonl (pairs in the layout of PKU-SafeRLHF: to a harmful prompt the
-    start's own answer, which helps, and a refusal, which is safe) and buffer.jsonl (helpful pairs: to a harmless prompt
-    the start's own answer before a refusal).
+    Write `folder`/sft.jsonl (conversations), task.jsonl (pairs in the layout of PKU-SafeRLHF: to a harmful prompt
+    the start's own answer, which helps, and a refusal, which is safe) and buffer.jsonl (helpful pairs: to a harmless
+    prompt the start's own answer before a refusal).
 
     Args:
         held_out: files of prompts that are evaluated; a prompt that is in one of them is left out.
@@ -79,11 +79,7 @@ def prepare(folder: Path, start: str, seed: int, safety: str | None, helpful: st
         refusal.label == COMPLIANCE and garbled.label == "fine"
         for refusal, garbled in zip(judge_refusal(turns, answers), judge_garbled(turns, answers), strict=True)
     ]
-    given = {
-        prompt: answer
-        for prompt, answer, fits in zip((*harmful, *harmless), answers, fit, strict=True)
-        if fits
-    }
+    given = {prompt: answer for prompt, answer, fits in zip((*harmful, *harmless), answers, fit, strict=True) if fits}
     sft = [_conversation(prompt, draw.choice(refusals)) for prompt in harmful]
     sft += [_conversation(prompt, given[prompt]) for prompt in harmless if prompt in given]
     task = [

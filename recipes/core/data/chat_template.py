@@ -58,8 +58,8 @@ def check_answer_marks(tokenizer: PreTrainedTokenizerBase) -> None:
     except ValueError as error:
         raise RecipeError(
             "assistant_only_loss: the chat template does not mark the assistant's answers ({% generation %} … "
-            "{% endgeneration %}), and TRL knows no other form of it; give one that does by chat_template_path, or set "
-            "assistant_only_loss: false"
+            "{% endgeneration %}), and TRL knows no other form of it; give one that does by chat_template_path, or "
+            "set assistant_only_loss: false"
         ) from error
 
 

@@ -1,5 +1,6 @@
 """
-Which script a recipe is for: sft.py, dpo.py or evaluate.py. `python recipes/core/runtime/stage.py my.yaml` prints the name of it.
+Which script a recipe is for: sft.py, dpo.py or evaluate.py. `python recipes/core/runtime/stage.py my.yaml` prints
+the name of it.
 
 The keys tell: some are of one stage alone, and every recipe here has one of them. For a recipe that has none, the
 words of its file name do: `sft`, and not `dpo`.
