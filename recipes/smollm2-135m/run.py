@@ -3,7 +3,8 @@ A real chat model becomes safe: SmolLM2-135M-Instruct through both stages on a l
 each stage, on prompts that it has not met.
 
     python recipes/smollm2-135m/run.py --xstest xstest_prompts.csv --harmbench harmbench_val.csv \
-        [--safety pairs.jsonl] [--helpful pairs.jsonl] [--model PATH] [--seed 0] [--output_dir runs/smollm2-135m] [--key value …]
+        [--safety pairs.jsonl] [--helpful pairs.jsonl] [--model PATH] [--seed 0] [--output_dir runs/smollm2-135m] \
+        [--key value …]
 
 Further options go to the second stage (recipes/dpo.py), e.g. `--margin.preset dpo`.
 """
