@@ -22,7 +22,7 @@ from core.config.keys import keys_of, listing
 from core.config.parsing import Run, Settings, build, look_over
 from core.planning.findings import Findings
 from core.runtime.environment import prepare_environment
-from core.runtime.errors import USER_ERROR, exits_cleanly
+from core.runtime.errors import USER_ERROR, RecipeError, exits_cleanly
 from core.runtime.launching import Launch, launch_faults, read_launch
 from core.runtime.network import go_offline_if_local
 from core.runtime.stage import stage_of
@@ -42,6 +42,11 @@ def main() -> None:
     # ---------------------------------------------------------------- what is asked for: recipe and launch config
     launch = findings.attempt(read_launch, options.accelerate_config, options.num_processes)
     kind = stage_of(options.config)
+    if kind == "evaluate":
+        raise RecipeError(
+            f"{options.config} is a list for recipes/evaluate.py, which checks it itself before it loads a model; check "
+            "is for recipes that train"
+        )
     argv = ["--config", options.config, *overrides]
     looked_over = findings.attempt(look_over, kind, argv, launch and launch.world_size)
     if looked_over is None:

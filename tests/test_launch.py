@@ -23,7 +23,17 @@ from core.runtime.errors import PEER_LOST, RecipeError
 from core.runtime.stage import DPO_KEYS, EVALUATE_KEYS, SFT_KEYS, stage_of
 from core.training.checkpoints import newest_complete
 from processes import CONFIGS as FOLDER
-from processes import LAUNCH, NAMESPACES, ROOT, Node, await_checkpoint, free_port, nodes_of_two, user_environment
+from processes import (
+    LAUNCH,
+    NAMESPACES,
+    ROOT,
+    Node,
+    await_checkpoint,
+    free_port,
+    nodes_of_two,
+    run_script,
+    user_environment,
+)
 from tiny_run import outcome
 
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -474,3 +484,9 @@ def test_only_the_launchers_own_exceptions_become_a_line(capsys):
     assert capsys.readouterr().err == "launcher: timed out\n"
     accelerate_launch.in_a_line(KeyError, KeyError("here"), None)
     assert "KeyError: 'here'" in capsys.readouterr().err
+
+
+def test_check_is_not_for_an_evaluation():
+    recipe = ROOT / "recipes/smollm2-135m/evaluation.yaml"
+    code, errors = run_script("check.py", [f"--config={recipe}", f"--accelerate_config={FOLDER}/cpu.yaml"])
+    assert code == 2 and "is a list for recipes/evaluate.py" in errors
