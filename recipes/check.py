@@ -44,8 +44,8 @@ def main() -> None:
     kind = stage_of(options.config)
     if kind == "evaluate":
         raise RecipeError(
-            f"{options.config} is a list for recipes/evaluate.py, which checks it itself before it loads a model; check "
-            "is for recipes that train"
+            f"{options.config} is a list for recipes/evaluate.py, which checks it itself before it loads a model; "
+            "check is for recipes that train"
         )
     argv = ["--config", options.config, *overrides]
     looked_over = findings.attempt(look_over, kind, argv, launch and launch.world_size)
