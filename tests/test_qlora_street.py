@@ -121,8 +121,9 @@ def test_two_stages_with_one_adapter(ultrafeedback, model, tmp_path):
     code, output, errors = run("evaluate.py", evaluation, tmp_path, f"--reference_model={tmp_path / 'sft'}")
     assert code == 0, output + errors
     results = json.loads((tmp_path / "evaluation/evaluation.json").read_text())
-    assert results["eval_rewards/margins"] > 0
-    code, output, errors = run("evaluate.py", evaluation, tmp_path, f"--model_name_or_path={model}")
+    assert results["models"]["dpo"]["pairs"]["eval_rewards/margins"] > 0
+    own = [f"--model_name_or_path={model}", f"--output_dir={tmp_path}/of-the-base"]
+    code, output, errors = run("evaluate.py", evaluation, tmp_path, *own)
     assert code == 2 and "of quantised weights an adapter is evaluated, and it is none" in errors
 
 
