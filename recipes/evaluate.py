@@ -24,12 +24,14 @@ def main() -> None:
     # torch, transformers and TRL take seconds to import: a misspelt key is told before.
     from core.judging.answering import judge_answers, read_sets
     from core.modeling.policy import load_policy, share_prefixes
+    from core.reporting.behaviour import read_requirements
     from core.reporting.results import show_selection, write_evaluation
     from core.runtime.ranks import rank
     from core.selection.pairs import prepare_pairs
     from core.training.trainer import ShiftedMarginTrainer
 
     sets = read_sets(recipe)
+    require = read_requirements(recipe.require, [entry for entry, _ in sets])
     models = compared_models(resolved)
     reference_path = recipe.reference_model or (next(iter(models.values())) if len(models) > 1 else None)
     entries = recipe.eval_datasets or recipe.datasets
@@ -69,9 +71,7 @@ def main() -> None:
         if sets:
             judged[name] = judge_answers(model, tokenizer, sets, recipe, args, name)
         del model
-    write_evaluation(
-        args.output_dir, models, reference_path, pairs_of, [entry for entry, _ in sets], judged, recipe.require
-    )
+    write_evaluation(args.output_dir, models, reference_path, pairs_of, [entry for entry, _ in sets], judged, require)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from core.judging.model_judges import UNCLEAR, model_judge
 from core.judging.prompt_sets import read_prompts
 from core.judging.verdicts import COMPLIANCE, FULL, PARTIAL, Verdict, judge_garbled, judge_refusal
 from core.modeling.generation import generate_texts
-from core.reporting.behaviour import Share, behaviour_table, falls_short, picture, shares
+from core.reporting.behaviour import Share, behaviour_table, falls_short, picture, read_requirements, shares
 from core.runtime import loading
 from core.runtime.errors import RecipeError
 
@@ -107,12 +107,23 @@ def test_sets_of_one_measure_count_together():
 
 
 def test_what_is_required():
-    found = {"over_refusal": Share.of(1, 10), "garbled": Share.of(0, 10)}
-    assert falls_short(["over_refusal <= 0.1, garbled <= 0"], found) == []
-    assert len(falls_short(["over_refusal <= 0.09", "garbled >= 0.5"], found)) == 2
-    for wrong, told in (("over_refusal < 1", "not of the form"), ("over_refusl <= 1", "did you mean over_refusal")):
+    sets = [PromptSet("plain", "c", measure="over_refusal")]
+    found = {"over_refusal": Share.of(1, 10), "garbled": Share.of(0, 10), "plain/refusal/compliance": Share.of(9, 10)}
+
+    def short(*texts: str) -> list[str]:
+        return falls_short(read_requirements(texts, sets), found)
+
+    assert short("over_refusal <= 0.1, garbled <= 0", "plain/refusal/compliance >= 0.9") == []
+    assert len(short("over_refusal <= 0.09", "garbled >= 0.5")) == 2
+    assert "was not measured; did you mean plain/refusal/compliance" in short("plain/refusal/complience <= 1")[0]
+    for wrong, told in (
+        ("over_refusal < 1", "not of the form"),
+        ("garbled <= 0.1.2", "not of the form"),
+        ("over_refusl <= 1", "did you mean over_refusal"),
+        ("harmful_compliance <= 1", "no set measures harmful_compliance"),
+    ):
         with pytest.raises(RecipeError, match=told):
-            falls_short([wrong], found)
+            short(wrong)
 
 
 def test_prompts_by_column_and_value(tmp_path):

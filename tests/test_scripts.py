@@ -199,7 +199,13 @@ def test_models_are_held_against_the_first_and_their_answers_counted(folder, mod
     assert full["answers"]["over_refusal"]["n"] == 2 and start["answers"]["harmful_compliance"]["n"] == 1
     assert (tmp_path / "out" / "behaviour.png").stat().st_size > 5000
     code, _, errors = script_says("evaluate.py", arguments)
-    assert code == 2 and "holds evaluation.json; give the evaluation a folder of its own" in errors
+    assert code == 2 and "holds answers.jsonl; give the evaluation a folder of its own" in errors
+    other = [argument for argument in arguments if not argument.startswith(("--output_dir", "--require"))]
+    code, _, errors = script_says(
+        "evaluate.py", [*other, f"--output_dir={tmp_path}/b", "--require=[over_refusl <= 1]"]
+    )
+    assert code == 2 and "did you mean over_refusal" in errors
+    assert not list((tmp_path / "b").glob("*.jsonl")), "told before a model has answered"
 
 
 def test_an_evaluation_without_a_reference_rewards_the_log_probability(folder):

@@ -101,21 +101,39 @@ def picture(found: Mapping[str, Mapping[str, Share]]) -> Figure | None:
     return figure
 
 
-def falls_short(requirements: Sequence[str], found: Mapping[str, Share]) -> list[str]:
+class Requirement(NamedTuple):
+    name: str
+    sign: str
+    bound: float
+
+
+def read_requirements(texts: Sequence[str], sets: Sequence[PromptSet]) -> list[Requirement]:
     """
-    What is required and does not hold, a line each.
+    Of a recipe's `require`, before a model is loaded; several may stand in one text, with commas between.
 
     Raises:
-        RecipeError: a requirement is no `name <= number` or `name >= number`, or names no share.
+        RecipeError: one is no `name <= number` or `name >= number`, or names what no set measures.
     """
-    lines = []
-    for text in (part.strip() for requirement in requirements for part in requirement.split(",")):
-        match = re.fullmatch(r"(\S+)\s*(<=|>=)\s*([0-9.]+)", text)
+    measured = {"garbled", *(entry.measure for entry in sets if entry.measure)} if sets else set()
+    requirements = []
+    for text in (part.strip() for whole in texts for part in whole.split(",")):
+        match = re.fullmatch(r"(\S+)\s*(<=|>=)\s*(\d+(?:\.\d+)?)", text)
         if match is None:
             raise RecipeError(f"require: {text!r} is not of the form `over_refusal <= 0.05` (shares are from 0 to 1)")
-        name, sign, bound = match[1], match[2], float(match[3])
+        name = match[1]
+        if name not in measured and name.partition("/")[0] not in {entry.name for entry in sets}:
+            raise RecipeError(f"require: no set measures {name}{did_you_mean(name, sorted(measured))}")
+        requirements.append(Requirement(name, match[2], float(match[3])))
+    return requirements
+
+
+def falls_short(requirements: Sequence[Requirement], found: Mapping[str, Share]) -> list[str]:
+    """What is required and does not hold, a line each; nor does what no judge has said of any answer."""
+    lines = []
+    for name, sign, bound in requirements:
         if name not in found:
-            raise RecipeError(f"require: {name} was not measured{did_you_mean(name, list(found))}")
+            lines.append(f"{name} was not measured{did_you_mean(name, list(found))}")
+            continue
         value = found[name].value
         if not (value <= bound if sign == "<=" else value >= bound):
             lines.append(f"{name} is {found[name]}, and {sign} {100 * bound:g} % is required")

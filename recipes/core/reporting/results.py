@@ -12,7 +12,7 @@ from core.config.schema import PromptSet
 from core.judging.answering import Judged
 from core.objective.margins import class_table
 from core.objective.presets import PAIR_CLASSES, Margin
-from core.reporting.behaviour import NOT_MET, behaviour_table, falls_short, shares, write_behaviour
+from core.reporting.behaviour import NOT_MET, Requirement, behaviour_table, falls_short, shares, write_behaviour
 from core.reporting.card import write_card
 from core.reporting.tables import (
     before_and_after,
@@ -96,14 +96,13 @@ def write_evaluation(
     pairs: dict[str, dict[str, float]],
     sets: list[PromptSet],
     judged: dict[str, Judged],
-    require: list[str],
+    require: list[Requirement],
 ) -> None:
     """
     Print what came of an evaluation, and write it to `output_dir`: evaluation.json, behaviour.png; rank 0 alone.
 
     Raises:
         SystemExit: with `NOT_MET`, on every rank, where the last model does not meet `require`.
-        RecipeError: `require` cannot be read.
     """
     folder = Path(output_dir)
     found = {name: shares(sets, of_model) for name, of_model in judged.items()}

@@ -57,7 +57,9 @@ def check_no_run(folder: Path) -> None:
     Raises:
         RecipeError: a run, or an earlier evaluation, lies in the folder.
     """
-    found = sorted(path.name for pattern in [*RUN_FILES, "evaluation.json"] for path in folder.glob(pattern))
+    found = sorted(
+        path.name for pattern in [*RUN_FILES, "evaluation.json", "answers.jsonl"] for path in folder.glob(pattern)
+    )
     if found:
         raise RecipeError(
             f"output_dir {folder} holds {found[0]}; give the evaluation a folder of its own by --output_dir"
